@@ -1,0 +1,202 @@
+"""The configuration as frozen values: what the rest of mmd reads. The format is mmd.yaml(5); `mmd.load` makes these from it.
+
+Sizes are bytes, durations are seconds. `None` for a duration means that the timer is off.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from enum import StrEnum
+from pathlib import Path
+
+__all__ = [
+    "AdminAuth",
+    "Config",
+    "Device",
+    "EngineKind",
+    "Evict",
+    "Gateway",
+    "Gpus",
+    "Health",
+    "Idle",
+    "Limits",
+    "Listen",
+    "Model",
+    "Policy",
+    "Provider",
+    "Resources",
+    "Sim",
+]
+
+
+class AdminAuth(StrEnum):
+    KEY = "key"
+    OPEN = "open"
+
+
+class Provider(StrEnum):
+    AUTO = "auto"
+    NVML = "nvml"
+    STATIC = "static"
+    SIM = "sim"
+
+
+class Evict(StrEnum):
+    MIN_LOSS = "min_loss"
+    LRU = "lru"
+
+
+class EngineKind(StrEnum):
+    VLLM = "vllm"
+    SIM = "sim"
+    COMMAND = "command"
+    EXTERNAL = "external"
+
+
+class Listen(StrEnum):
+    """What a `command` engine listens on."""
+
+    TCP = "tcp"
+    UNIX = "unix"
+
+
+@dataclass(frozen=True, slots=True)
+class Gateway:
+    listen: tuple[str, ...] = ("127.0.0.1:8000",)
+    admin_listen: tuple[str, ...] = ("127.0.0.1:8001",)
+    admin_auth: AdminAuth = AdminAuth.KEY
+    request_log: bool = False
+    max_body_bytes: int = 64 << 20
+    queue_limit: int = 512
+    wait_limit_s: float = 600.0
+    loading_keepalive_s: float | None = 15.0
+    drain_timeout_s: float = 300.0
+
+
+@dataclass(frozen=True, slots=True)
+class Device:
+    """A GPU as configured: for `static` and `sim` its memory, for `nvml` which one."""
+
+    memory_bytes: int | None = None
+    selector: int | str | None = None
+    """Index or UUID (nvml)."""
+
+
+@dataclass(frozen=True, slots=True)
+class Gpus:
+    provider: Provider = Provider.AUTO
+    reserve_bytes: int = 1 << 30
+    devices: tuple[Device, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Resources:
+    """Budgets besides the GPUs. `ram_bytes` None means: what the host has."""
+
+    ram_bytes: int | None = None
+    amounts: Mapping[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Policy:
+    evict: Evict = Evict.MIN_LOSS
+    max_wait_s: float = 60.0
+    min_residency_s: float = 10.0
+
+
+@dataclass(frozen=True, slots=True)
+class Idle:
+    sleep_after_s: float | None = None
+    stop_after_s: float | None = None
+    min_sleep_s: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Health:
+    path: str = "/health"
+    interval_s: float = 0.05
+    timeout_s: float = 600.0
+    """How long a start may go on without any progress."""
+    command: tuple[str, ...] = ()
+    """A `command` engine's own check, instead of the path; exit status 0 means healthy."""
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    memory_max_bytes: int | None = None
+    cpu_weight: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Sim:
+    load_time_s: float = 2.0
+    wake_time_s: float = 0.2
+    tokens_per_second: float = 200.0
+
+
+@dataclass(frozen=True, slots=True)
+class Model:
+    """One model, complete: `defaults` and its profile are merged in."""
+
+    name: str
+    id: str
+    engine: EngineKind
+    aliases: tuple[str, ...] = ()
+    profile: str | None = None
+    model: str = ""
+    """Hub id or path; the name when nothing else is given."""
+    venv: Path | None = None
+    args: tuple[str, ...] = ()
+    env: Mapping[str, str] = field(default_factory=dict)
+    gpus: int | tuple[int | str, ...] = 1
+    """A count (the scheduler chooses) or explicit indexes or UUIDs; 0 means CPU."""
+    vram_bytes: int | None = None
+    """Per GPU while awake; None: estimate from `params` and `precision`."""
+    params: float | None = None
+    precision: str | None = None
+    ram_bytes: int = 0
+    resources: Mapping[str, float] = field(default_factory=dict)
+    sleep_level: int = 1
+    """The deepest sleep that eviction and idling may use; 0 means off."""
+    idle: Idle = Idle()
+    wake_on_request: bool = True
+    pin: bool = False
+    preload: bool = False
+    priority: int = 0
+    concurrency: int = 0
+    health: Health = Health()
+    restart_on_connection_failure: bool = True
+    limits: Limits = Limits()
+    description: str = ""
+    url: str | None = None
+    command: tuple[str, ...] = ()
+    workdir: Path | None = None
+    listen: Listen = Listen.TCP
+    listen_port: int | None = None
+    """`listen: tcp:18188` fixes the port; None: a free one is chosen."""
+    stop_command: tuple[str, ...] = ()
+    endpoint: str | None = None
+    sim: Sim = Sim()
+    source: Path = Path("mmd.yaml")
+    """The file that defines it."""
+    line: int = 0
+
+    @property
+    def gpu_count(self) -> int:
+        return self.gpus if isinstance(self.gpus, int) else len(self.gpus)
+
+
+@dataclass(frozen=True, slots=True)
+class Config:
+    gateway: Gateway = Gateway()
+    gpus: Gpus = Gpus()
+    resources: Resources = Resources()
+    policy: Policy = Policy()
+    models: Mapping[str, Model] = field(default_factory=dict)
+    """By name, in the order of the files."""
+
+    def resolve(self, name: str) -> Model | None:
+        """The model that a client means by `name`: a model's name, else an alias."""
+        model = self.models.get(name)
+        if model is not None:
+            return model
+        return next((m for m in self.models.values() if name in m.aliases), None)

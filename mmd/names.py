@@ -1,0 +1,81 @@
+"""Names: what clients call a model, what systemd calls its units, and which devices an instance sits on.
+
+A model's name is whatever clients send (`Qwen/Qwen2.5-7B-Instruct`). Its unit id is a slug of that name. A unit instance is a
+placement: `mmd-model-qwen7b@0-1.service` is the model `qwen7b` on GPUs 0 and 1, `@cpu` is a model that needs no GPU.
+"""
+
+import re
+from dataclasses import dataclass
+
+from mmd.errors import MmdError
+
+__all__ = ["CPU", "MODEL_UNIT_PATTERN", "Placement", "UnitName", "is_unit_id", "slug"]
+
+_ID = re.compile(r"[a-z0-9][a-z0-9._-]{0,62}")
+_UNIT = re.compile(r"mmd-model-(?P<id>[a-z0-9][a-z0-9._-]{0,62})@(?P<instance>cpu|[0-9]+(?:-[0-9]+)*)\.service")
+_CPU_INSTANCE = "cpu"
+
+MODEL_UNIT_PATTERN = "mmd-model-*@*.service"
+"""Glob for ListUnitsByPatterns (org.freedesktop.systemd1(5)) that finds every model unit."""
+
+
+@dataclass(frozen=True, slots=True, order=True)
+class Placement:
+    """The GPUs that one instance of a model occupies, by index, ascending; empty means CPU only."""
+
+    gpus: tuple[int, ...] = ()
+
+    def __post_init__(self) -> None:
+        if list(self.gpus) != sorted(set(self.gpus)) or any(gpu < 0 for gpu in self.gpus):
+            raise MmdError(f"a placement is a set of GPU indexes in ascending order, not {self.gpus}")
+
+    def __str__(self) -> str:
+        """The instance name: `0`, `0-1`, `cpu`."""
+        return "-".join(map(str, self.gpus)) if self.gpus else _CPU_INSTANCE
+
+    @classmethod
+    def parse(cls, instance: str) -> "Placement":
+        """The placement that an instance name stands for; MmdError when it is none."""
+        if instance == _CPU_INSTANCE:
+            return CPU
+        if not re.fullmatch(r"[0-9]+(?:-[0-9]+)*", instance):
+            raise MmdError(f"{instance!r} is not a placement", hint="GPU indexes joined by '-', such as 0 or 0-1, or cpu")
+        return cls(tuple(int(part) for part in instance.split("-")))
+
+
+CPU = Placement()
+
+
+@dataclass(frozen=True, slots=True, order=True)
+class UnitName:
+    """A model unit: the model's unit id and its placement."""
+
+    id: str
+    placement: Placement
+
+    def __str__(self) -> str:
+        return f"mmd-model-{self.id}@{self.placement}.service"
+
+    @classmethod
+    def parse(cls, unit: str) -> "UnitName | None":
+        """The model unit that `unit` names, or None when it is no model unit of ours."""
+        match = _UNIT.fullmatch(unit)
+        if match is None:
+            return None
+        try:
+            return cls(match["id"], Placement.parse(match["instance"]))
+        except MmdError:  # indexes out of order: started by hand, not one of ours
+            return None
+
+
+def is_unit_id(text: str) -> bool:
+    """Whether `text` may be a unit id: `[a-z0-9][a-z0-9._-]{0,62}`."""
+    return _ID.fullmatch(text) is not None
+
+
+def slug(name: str) -> str:
+    """The unit id that a model name gets when it declares none; MmdError when nothing usable is left of it."""
+    text = re.sub(r"[^a-z0-9._]+", "-", name.lower()).strip("-._")[:63].rstrip("-._")
+    if not is_unit_id(text):
+        raise MmdError(f"no unit id can be made of the model name {name!r}", hint="give the model an `id:`")
+    return text

@@ -1,0 +1,72 @@
+"""Where things are: the system instance (root's /etc/mmd) and a user's own (`systemctl --user`), from the same code."""
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from enum import StrEnum
+from pathlib import Path
+
+from mmd.names import UnitName
+
+__all__ = ["Scope", "ScopeKind"]
+
+
+class ScopeKind(StrEnum):
+    SYSTEM = "system"
+    USER = "user"
+
+
+@dataclass(frozen=True, slots=True)
+class Scope:
+    """The directories of one instance of mmd (file-hierarchy(7) for the user's)."""
+
+    kind: ScopeKind
+    config_dir: Path
+    """mmd.yaml and models.d/"""
+    runtime_dir: Path
+    """admin.sock"""
+    model_dir: Path
+    """One directory per model unit: the engine's socket and the runner's report. The parent of RuntimeDirectory="""
+    sim_dir: Path
+    """The memory of the simulated GPUs"""
+    state_dir: Path
+    cache_dir: Path
+
+    @property
+    def config_file(self) -> Path:
+        return self.config_dir / "mmd.yaml"
+
+    @property
+    def admin_socket(self) -> Path:
+        return self.runtime_dir / "admin.sock"
+
+    def unit_dir(self, unit: UnitName) -> Path:
+        """The runtime directory of one model unit."""
+        return self.model_dir / f"{unit.id}@{unit.placement}"
+
+    @classmethod
+    def system(cls) -> "Scope":
+        return cls(
+            kind=ScopeKind.SYSTEM,
+            config_dir=Path("/etc/mmd"),
+            runtime_dir=Path("/run/mmd"),
+            model_dir=Path("/run/mmd-model"),
+            sim_dir=Path("/run/mmd-sim"),
+            state_dir=Path("/var/lib/mmd"),
+            cache_dir=Path("/var/cache/mmd"),
+        )
+
+    @classmethod
+    def user(cls, environment: Mapping[str, str] = os.environ) -> "Scope":
+        """The caller's own instance, from HOME and the XDG variables (no NSS: a generator may not ask for it)."""
+        home = Path(environment.get("HOME", "/"))
+        runtime = Path(environment.get("XDG_RUNTIME_DIR", "/run/user/0"))
+        return cls(
+            kind=ScopeKind.USER,
+            config_dir=Path(environment.get("XDG_CONFIG_HOME", home / ".config")) / "mmd",
+            runtime_dir=runtime / "mmd",
+            model_dir=runtime / "mmd-model",
+            sim_dir=runtime / "mmd-sim",
+            state_dir=Path(environment.get("XDG_STATE_HOME", home / ".local/state")) / "mmd",
+            cache_dir=Path(environment.get("XDG_CACHE_HOME", home / ".cache")) / "mmd",
+        )

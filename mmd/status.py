@@ -1,0 +1,161 @@
+"""What the admin API says of the gateway, its GPUs and its models: the wire format between the gateway and mmdctl.
+
+Sizes are bytes, durations seconds, times Unix seconds. Every class turns into JSON and back by `to_json` and `from_json`;
+fields unknown to this version are dropped, so that an older mmdctl can read a newer gateway.
+"""
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from enum import StrEnum
+from typing import Any, TypeVar
+
+_T = TypeVar("_T")
+
+__all__ = ["GatewayStatus", "GpuStatus", "InstanceStatus", "ModelState", "ModelStatus", "Progress", "Status", "model_from_json"]
+
+
+class ModelState(StrEnum):
+    """A model's state, as people see it (architecture.md, model states)."""
+
+    STOPPED = "stopped"
+    STARTING = "starting"
+    READY = "ready"
+    DRAINING = "draining"
+    SLEEPING = "sleeping"
+    WAKING = "waking"
+    STOPPING = "stopping"
+    FAILED = "failed"
+    EXTERNAL = "external"
+
+
+@dataclass(frozen=True, slots=True)
+class GatewayStatus:
+    version: str
+    pid: int
+    since: float
+    listen: tuple[str, ...] = ()
+    scope: str = "system"
+    in_flight: int = 0
+    waiting: int = 0
+    systemd: str = "connected"
+    """`connected`, or what is wrong."""
+    reloaded: float | None = None
+    problems: tuple[str, ...] = ()
+    """What is wrong with the configuration, one message each; the last good one is in use."""
+
+
+@dataclass(frozen=True, slots=True)
+class GpuStatus:
+    index: int
+    name: str
+    uuid: str
+    total_bytes: int
+    budget_bytes: int
+    """What models may use: total - reserve - foreign use."""
+    reserved_bytes: int
+    """What the scheduler has given to models: resident and about to be."""
+    used_bytes: int | None = None
+    """Measured, everybody's; None when the provider cannot measure."""
+
+
+@dataclass(frozen=True, slots=True)
+class InstanceStatus:
+    """One unit of a model: what runs (or failed) on one placement."""
+
+    unit: str
+    placement: str
+    state: ModelState
+    since: float
+    sleep_level: int = 0
+    status: str = ""
+    """The runner's STATUS line, such as `loading weights 45 %`."""
+    vram_bytes: int = 0
+    """Per GPU, in its present state."""
+    in_flight: int = 0
+    pid: int = 0
+    stale: bool = False
+    """Started from an older definition; replaced when it is next idle."""
+
+
+@dataclass(frozen=True, slots=True)
+class ModelStatus:
+    name: str
+    id: str
+    engine: str
+    state: ModelState
+    aliases: tuple[str, ...] = ()
+    description: str = ""
+    instances: tuple[InstanceStatus, ...] = ()
+    vram_bytes: int = 0
+    """Per GPU, awake."""
+    gpus: int = 0
+    in_flight: int = 0
+    waiting: int = 0
+    requests: int = 0
+    """Served since the gateway started."""
+    pinned: bool = False
+    last_activity: float | None = None
+    reason: str = ""
+    """Why it failed or cannot start."""
+    tail: tuple[str, ...] = ()
+    """The engine's last log lines before a failure."""
+
+
+@dataclass(frozen=True, slots=True)
+class Status:
+    gateway: GatewayStatus
+    gpus: tuple[GpuStatus, ...] = ()
+    models: tuple[ModelStatus, ...] = ()
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, raw: Mapping[str, Any]) -> "Status":
+        return cls(
+            gateway=_read(GatewayStatus, raw["gateway"]),
+            gpus=tuple(_read(GpuStatus, gpu) for gpu in raw["gpus"]),
+            models=tuple(model_from_json(model) for model in raw["models"]),
+        )
+
+
+def model_from_json(raw: Mapping[str, Any]) -> ModelStatus:
+    """A ModelStatus from its JSON form (the answer of GET /api/v1/models/{name})."""
+    instances = tuple(
+        _read(InstanceStatus, {**instance, "state": ModelState(instance["state"])}) for instance in raw["instances"]
+    )
+    return _read(ModelStatus, {**raw, "state": ModelState(raw["state"]), "instances": instances})
+
+
+@dataclass(frozen=True, slots=True)
+class Progress:
+    """One line of the answer to an operation (start, stop, restart, sleep, wake): newline-delimited JSON.
+
+    Lines with `done` false tell how it goes; exactly one with `done` true ends the answer.
+    """
+
+    model: str
+    state: ModelState
+    message: str
+    """For people: `loading weights 45 %`, `awake in 1.8 s, 14.2 GiB`."""
+    done: bool = False
+    ok: bool = True
+    elapsed_s: float = 0.0
+    vram_bytes: int | None = None
+    """Held now, per GPU (last line)."""
+    freed_bytes: int | None = None
+    """By a sleep or a stop, per GPU (last line)."""
+    tail: tuple[str, ...] = ()
+    """After a failed start: the engine's last log lines."""
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, raw: Mapping[str, Any]) -> "Progress":
+        return _read(cls, {**raw, "state": ModelState(raw["state"])})
+
+
+def _read(cls: type[_T], raw: Mapping[str, Any]) -> _T:
+    known = {field.name for field in fields(cls)}  # type: ignore[arg-type]
+    return cls(**{key: tuple(value) if isinstance(value, list) else value for key, value in raw.items() if key in known})
