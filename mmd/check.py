@@ -1,0 +1,61 @@
+"""Reads a section of the configuration by the table of settings: values for what is right, a complaint for what is wrong."""
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from mmd.kinds import BadValueError
+from mmd.settings import Later, Section, Setting
+
+__all__ = ["Complaint", "nearest", "read_section"]
+
+Complaint = tuple[tuple[str | int, ...], str, str]
+"""Where (the path of the key), what, and a hint."""
+
+
+_LIST_MAX = 12  # more names than that are no help in one line
+
+
+def read_section(section: Section, raw: Any, path: tuple[str | int, ...], complaints: list[Complaint]) -> dict[str, Any]:
+    """The values in `raw` by key, subsections as mappings. What is wrong is left out and added to `complaints`."""
+    if raw is None:
+        return {}
+    if not isinstance(raw, dict):
+        complaints.append((path, "must be a mapping of keys", "write KEY: VALUE lines under it"))
+        return {}
+    values: dict[str, Any] = {}
+    for key, value in raw.items():
+        entry = section.entries.get(key, section.others)
+        where = (*path, key)
+        if isinstance(entry, Setting):
+            try:
+                if entry is section.others and section.names is not None:
+                    section.names.read(key)
+                values[key] = entry.kind.read(value)
+            except BadValueError as error:
+                complaints.append(((*where, *error.path), error.message, error.hint))
+        elif isinstance(entry, Section):
+            values[key] = read_section(entry, value, where, complaints)
+        elif entry is None:
+            complaints.append((where, "unknown key", _did_you_mean(key, section.entries)))
+        elif not _asks_for_nothing(entry, value):
+            complaints.append((where, f"not yet supported: {key}", "remove it"))
+    return values
+
+
+def nearest(word: str, words: Iterable[str]) -> str | None:
+    """The one of `words` that `word` most looks like."""
+    from difflib import get_close_matches  # only needed after a mistake, and slow to import for a generator
+
+    return next(iter(get_close_matches(word, list(words), n=1, cutoff=0.6)), None)
+
+
+def _asks_for_nothing(entry: Later, value: Any) -> bool:
+    return entry.only is not None and not isinstance(value, bool) and bool(value == entry.only)
+
+
+def _did_you_mean(key: str, entries: Mapping[str, Any]) -> str:
+    supported = [name for name, entry in entries.items() if not isinstance(entry, Later)]
+    match = nearest(key, supported)
+    if match:
+        return f"did you mean {match}?"
+    return f"known: {', '.join(supported)}" if len(supported) <= _LIST_MAX else "see mmd.yaml(5) for the keys"

@@ -1,0 +1,25 @@
+"""What is wrong with a configuration, and where."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+__all__ = ["Problem"]
+
+
+@dataclass(frozen=True, slots=True, order=True)
+class Problem:
+    """One mistake; it prints as `/etc/mmd/mmd.yaml:12: models.tiny.vrma: unknown key (did you mean vram?)`."""
+
+    file: Path
+    line: int
+    """From 1; 0 when the whole file is meant."""
+    key: str
+    """The path of the key, joined by dots; empty when the whole file is meant."""
+    message: str
+    hint: str = ""
+
+    def __str__(self) -> str:
+        where = f"{self.file}:{self.line}" if self.line else f"{self.file}"
+        parts = [where, self.key, self.message] if self.key else [where, self.message]
+        text = ": ".join(parts) + (f" ({self.hint})" if self.hint else "")
+        return text if text.isprintable() else "".join(char if char.isprintable() else ascii(char)[1:-1] for char in text)

@@ -1,0 +1,144 @@
+"""What a schema cannot say of a configuration: rules between keys, between models, and between a model and its machine."""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from typing import Any
+
+from mmd.check import Complaint, nearest
+from mmd.config import Device, EngineKind, Gateway, Gpus, Listen, Model, Provider, Resources
+from mmd.names import Placement, UnitName
+from mmd.scope import Scope
+from mmd.settings import MODEL, Later, Section
+
+__all__ = ["ENGINE_SOCKET", "NamesTaken", "applicable", "check_gateway", "check_gpus", "check_model", "misplaced"]
+
+ENGINE_SOCKET = "engine.sock"
+
+_SOCKET_PATH_MAX_BYTES = 107  # sun_path is 108 bytes with its NUL, unix(7)
+
+
+def applicable(values: Mapping[str, Any], engine: EngineKind, section: Section = MODEL) -> dict[str, Any]:
+    """Of the values in `defaults` those that apply to `engine`."""
+    kept: dict[str, Any] = {}
+    for key, value in values.items():
+        entry = section.entries[key]
+        if not isinstance(entry, Later) and engine in entry.engines:
+            kept[key] = applicable(value, engine, entry) if isinstance(entry, Section) else value
+    return kept
+
+
+def misplaced(
+    values: Mapping[str, Any], engine: EngineKind, section: Section = MODEL, path: tuple[str, ...] = ()
+) -> Iterator[Complaint]:
+    """Keys of a model, or of its profile, that its engine does not know."""
+    for key, value in values.items():
+        entry = section.entries[key]
+        if isinstance(entry, Later):
+            continue
+        if engine not in entry.engines:
+            engines = " or ".join(sorted(entry.engines))
+            yield (*path, key), f"does not apply to engine {engine}", f"only to {engines}"
+        elif isinstance(entry, Section):
+            yield from misplaced(value, engine, entry, (*path, key))
+
+
+def check_model(model: Model, *, scope: Scope, resources: Resources) -> Iterator[Complaint]:
+    """What is wrong with one model; paths start below the model."""
+    if model.engine is EngineKind.COMMAND and not model.command:
+        yield ("command",), "needed by engine command", 'such as ["/opt/server", "--port", "{port}"]'
+    if model.engine is EngineKind.EXTERNAL and model.endpoint is None:
+        yield ("endpoint",), "needed by engine external", "such as http://127.0.0.1:9000"
+    if model.gpu_count and model.vram_bytes is None and model.params is None:
+        yield ("vram",), "needed by a model that uses a GPU", "write its vram, or its params for an estimate; or gpus: 0"
+    if isinstance(model.gpus, tuple) and len(set(model.gpus)) < len(model.gpus):
+        yield ("gpus",), "names a GPU twice", ""
+    for name in model.resources:
+        if name not in resources.amounts:
+            match = nearest(name, resources.amounts)
+            hint = f"did you mean {match}?" if match else f"declare it: resources: {{{name}: AMOUNT}}"
+            yield ("resources", name), "no such resource", hint
+    on_socket = model.engine in (EngineKind.VLLM, EngineKind.SIM) or model.listen is Listen.UNIX
+    if on_socket and model.engine is not EngineKind.EXTERNAL:
+        socket = scope.unit_dir(UnitName(model.id, Placement(tuple(range(model.gpu_count))))) / ENGINE_SOCKET
+        excess = len(bytes(socket)) - _SOCKET_PATH_MAX_BYTES
+        if excess > 0:
+            yield ("id",), f"its socket's path {socket} is {excess} bytes too long", "give the model a shorter id"
+
+
+class NamesTaken:
+    """Names and ids that models have so far: a second claim is a complaint that names the first."""
+
+    def __init__(self, names: Mapping[str, str]) -> None:
+        """`names`: every model's name and where it is defined."""
+        self._names = names
+        self._aliases: dict[str, str] = {}
+        self._ids: dict[str, str] = {}
+
+    def check(self, model: Model) -> Iterator[Complaint]:
+        if model.id in self._ids:
+            first = self._ids[model.id]
+            yield ("id",), f"{model.id} is already the unit id of {first}", "give one of the two an id of its own"
+        seen: set[str] = set()
+        for index, alias in enumerate(model.aliases):
+            where = ("aliases", index)
+            if alias in self._names:
+                yield where, f"{alias!r} is the name of the model at {self._names[alias]}", "choose another alias"
+            elif alias in self._aliases:
+                yield where, f"{alias!r} is already an alias of {self._aliases[alias]}", "choose another alias"
+            elif alias in seen:
+                yield where, f"{alias!r} is given twice", "remove one"
+            seen.add(alias)
+
+    def add(self, model: Model) -> None:
+        self._ids[model.id] = model.name
+        self._aliases.update((alias, model.name) for alias in model.aliases)
+
+
+def check_gateway(gateway: Gateway, complaints: list[Complaint]) -> Gateway:
+    """The gateway without the addresses that cannot be listened on."""
+    seen: set[str] = set()
+    kept: dict[str, list[str]] = {"listen": [], "admin_listen": []}
+    for key, addresses in (("listen", gateway.listen), ("admin_listen", gateway.admin_listen)):
+        for index, address in enumerate(addresses):
+            if address in seen:
+                complaints.append(((key, index), f"{address} is given twice", "remove one"))
+            elif not _is_address(address):
+                complaints.append(((key, index), f"{address} is not an IPv6 address and a port", "write [::1]:8000"))
+            elif address.startswith("/") and len(address.encode()) > _SOCKET_PATH_MAX_BYTES:
+                complaints.append(((key, index), f"a socket's path has at most {_SOCKET_PATH_MAX_BYTES} bytes", ""))
+            else:
+                kept[key].append(address)
+            seen.add(address)
+    return replace(gateway, listen=tuple(kept["listen"]) or Gateway().listen, admin_listen=tuple(kept["admin_listen"]))
+
+
+def check_gpus(gpus: Gpus, complaints: list[Complaint]) -> Gpus:
+    """The GPUs without the devices that do not fit the provider."""
+    declared = gpus.provider in (Provider.STATIC, Provider.SIM)
+    kept: list[Device] = []
+    for index, device in enumerate(gpus.devices):
+        where = ("devices", index)
+        if declared and device.memory_bytes is None:
+            complaints.append((where, f"provider {gpus.provider} needs the memory of each device", "write {memory: 24GiB}"))
+        elif not declared and device.memory_bytes is not None:
+            hint = "name devices by index or UUID, or set provider: static"
+            complaints.append((where, f"provider {gpus.provider} measures the memory itself", hint))
+        elif not declared and device in kept:
+            complaints.append((where, f"{device.selector} is given twice", "remove one"))
+        else:
+            kept.append(device)
+    if declared and not gpus.devices:
+        complaints.append((("devices",), f"needed by provider {gpus.provider}", "write [{memory: 24GiB}]"))
+    return replace(gpus, devices=tuple(kept))
+
+
+def _is_address(address: str) -> bool:
+    if not address.startswith("["):
+        return True  # the pattern said it all
+    import socket  # rarely needed, and slow to import for a generator
+
+    try:
+        socket.inet_pton(socket.AF_INET6, address[1 : address.index("]")])
+    except OSError:
+        return False
+    return True
