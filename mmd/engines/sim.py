@@ -1,0 +1,62 @@
+"""The embedded engine: `mmd-sim`, an OpenAI-compatible server without a model behind it (mmd.sim).
+
+Its control API and its log are vLLM's, so that the gateway and the runner treat it as one.
+"""
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from mmd.config import Model
+from mmd.engines import vllm
+from mmd.engines.base import CommandContext, HttpCall, ProgressPattern
+
+__all__ = ["ENGINE", "RESIDUAL_SHARE", "SimEngine"]
+
+RESIDUAL_SHARE = {1: 0.05, 2: 0.02}
+"""The share of its memory that it keeps on each GPU while asleep, by level."""
+
+
+@dataclass(frozen=True, slots=True)
+class SimEngine:
+    """See `mmd.engines.base.Engine`."""
+
+    progress: tuple[ProgressPattern, ...] = vllm.PROGRESS
+    out_of_memory: re.Pattern[str] | None = vllm.OUT_OF_MEMORY
+    uses_socket: bool = True
+    can_sleep: bool = True
+    sleeping: HttpCall | None = vllm.ENGINE.sleeping
+
+    def command(self, model: Model, context: CommandContext) -> tuple[str, ...]:
+        memory = sorted(context.gpu_memory_bytes.items())
+        return (
+            f"{context.bin_dir}/mmd-sim",
+            *("--socket", context.socket),
+            *("--model", model.name),
+            *("--load-time", str(model.sim.load_time_s)),
+            *("--wake-time", str(model.sim.wake_time_s)),
+            *("--tokens-per-second", str(model.sim.tokens_per_second)),
+            *("--vram", str(model.vram_bytes or 0)),
+            *("--gpus", "{gpus}"),
+            *(word for index, total_bytes in memory for word in ("--gpu-memory", f"{index}={total_bytes}")),
+            *("--sim-dir", context.sim_dir),
+            *model.args,
+        )
+
+    def environment(self, model: Model, context: CommandContext) -> Mapping[str, str]:
+        return {"PYTHONUNBUFFERED": "1"}
+
+    def warm_up(self, model: str) -> HttpCall | None:
+        return vllm.ENGINE.warm_up(model)
+
+    def sleep(self, level: int) -> tuple[HttpCall, ...]:
+        return vllm.ENGINE.sleep(level)
+
+    def wake(self, level: int) -> tuple[HttpCall, ...]:
+        return vllm.ENGINE.wake(level)
+
+    def residual_bytes(self, model: Model, level: int) -> int:
+        return int((model.vram_bytes or 0) * RESIDUAL_SHARE[level]) if model.gpu_count else 0
+
+
+ENGINE = SimEngine()

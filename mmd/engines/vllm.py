@@ -1,0 +1,172 @@
+"""vLLM: `python -m vllm.entrypoints.openai.api_server` on a Unix socket, with its sleep API.
+
+The module is started with the environment's own Python, not by the `vllm` console script: the CPU build ships no such script,
+and what it would run (`vllm.entrypoints.cli.main`) fails there with a circular import, whereas this module works in every
+build. It takes the same options as `vllm serve`.
+"""
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from mmd.config import Model
+from mmd.engines.base import CommandContext, HttpCall, ProgressPattern
+
+__all__ = ["ENGINE", "OUT_OF_MEMORY", "PROGRESS", "Vllm"]
+
+_MODULE = "vllm.entrypoints.openai.api_server"
+
+PROGRESS = (
+    ProgressPattern(re.compile(r"Loading (?:safetensors|pt).*?:\s+(\d+)%"), "loading weights {0} %"),
+    ProgressPattern(re.compile(r"Loading .*?(?:Streamer|loader).*?:\s+(\d+)%"), "loading weights {0} %"),
+    ProgressPattern(re.compile(r"Starting to load model"), "loading weights"),
+    ProgressPattern(re.compile(r"Loading weights took"), "weights loaded"),
+    ProgressPattern(re.compile(r"Model loading took ([\d.]+) GiB"), "weights loaded, {0} GiB"),
+    ProgressPattern(re.compile(r"Compiling a graph|Dynamo bytecode transform"), "compiling"),
+    ProgressPattern(re.compile(r"torch\.compile took ([\d.]+) s"), "compiled in {0} s"),
+    ProgressPattern(re.compile(r"Available KV cache memory: ([\d.]+) GiB"), "KV cache {0} GiB"),
+    ProgressPattern(re.compile(r"GPU KV cache size: ([\d,]+) tokens"), "KV cache {0} tokens"),
+    ProgressPattern(re.compile(r"Capturing CUDA graphs.*?:\s+(\d+)%"), "capturing CUDA graphs {0} %"),
+    ProgressPattern(re.compile(r"Graph capturing finished"), "CUDA graphs captured"),
+    ProgressPattern(re.compile(r"init engine .* took"), "engine initialised"),
+    ProgressPattern(re.compile(r"Application startup complete"), "serving"),
+)
+"""vLLM 0.32's start-up log, in its order."""
+
+OUT_OF_MEMORY = re.compile(
+    r"CUDA out of memory|HIP out of memory|OutOfMemoryError|CUDA error: out of memory|"
+    r"Free memory on device .* is less than desired|No available memory for the cache blocks"
+)
+"""PyTorch's errors, and vLLM's two own: the free-memory check before loading and an empty KV cache after it."""
+
+_IS_SLEEPING = HttpCall("GET", "/is_sleeping", timeout_s=5.0)
+
+_GIB = 1 << 30
+
+_BYTES_PER_WEIGHT = {
+    "fp32": 4.0, "float32": 4.0,
+    "bf16": 2.0, "bfloat16": 2.0, "fp16": 2.0, "float16": 2.0, "half": 2.0,
+    "fp8": 1.0, "int8": 1.0,
+    "fp4": 0.5, "nvfp4": 0.5, "mxfp4": 0.5, "int4": 0.5, "awq": 0.5, "gptq": 0.5,
+}  # fmt: skip
+
+_OVERHEAD_BYTES = int(1.5 * _GIB)
+"""What is neither weights nor KV cache: CUDA context (0.5 GiB), captured graphs, NCCL buffers, activations of a small batch."""
+
+_OVERHEAD_PER_WEIGHT_BYTE = 0.06
+"""Activations, quantisation scales and embeddings kept in higher precision grow with the model."""
+
+_KV_CACHE_MIN_BYTES = _GIB // 4
+"""Below this the estimate says more about its own error than about the cache: vLLM had better measure."""
+
+_RESIDUAL_BYTES = int(1.2 * _GIB)
+"""Asleep on one GPU: CUDA context, graphs and what the sleeping allocator does not manage (1.1 to 1.2 GiB reported)."""
+
+_RESIDUAL_PER_PEER_BYTES = int(0.8 * _GIB)
+"""More for each further GPU of a tensor parallel group (7 GB reported for eight)."""
+
+
+@dataclass(frozen=True, slots=True)
+class Vllm:
+    """See `mmd.engines.base.Engine`."""
+
+    progress: tuple[ProgressPattern, ...] = PROGRESS
+    out_of_memory: re.Pattern[str] | None = OUT_OF_MEMORY
+    uses_socket: bool = True
+    can_sleep: bool = True
+    sleeping: HttpCall | None = _IS_SLEEPING
+
+    def command(self, model: Model, context: CommandContext) -> tuple[str, ...]:
+        """The user's `args` come last: of an option given twice vLLM's argparse takes the last one, and every switch has its
+        opposite (`--no-enable-sleep-mode`)."""
+        python = str(model.venv / "bin" / "python") if model.venv else "python3"
+        return (
+            *(python, "-m", _MODULE),
+            *("--model", model.model or model.name),
+            *("--uds", context.socket),
+            *("--served-model-name", model.name),
+            *(("--tensor-parallel-size", str(model.gpu_count)) if model.gpu_count > 1 else ()),
+            *(("--enable-sleep-mode",) if model.sleep_level and model.gpu_count else ()),
+            *_memory_arguments(model),
+            *model.args,
+        )
+
+    def environment(self, model: Model, context: CommandContext) -> Mapping[str, str]:
+        """Caches inside the unit's own directory, the control API, and nothing sent to anybody."""
+        on_cpu = model.gpu_count == 0 and model.ram_bytes > 0
+        return {
+            "HOME": context.cache_dir,
+            "XDG_CACHE_HOME": context.cache_dir,
+            "VLLM_CACHE_ROOT": f"{context.cache_dir}/vllm",
+            "VLLM_SERVER_DEV_MODE": "1",  # /sleep, /wake_up, /is_sleeping, /collective_rpc; the CPU build has them as well
+            "VLLM_HTTP_TIMEOUT_KEEP_ALIVE": "75",  # longer than the gateway keeps an idle connection; vLLM's 5 s is shorter
+            "VLLM_NO_USAGE_STATS": "1",
+            "PYTHONUNBUFFERED": "1",
+            **({"VLLM_CPU_KVCACHE_SPACE": str(max(1, model.ram_bytes // _GIB))} if on_cpu else {}),
+        }
+
+    def warm_up(self, model: str) -> HttpCall | None:
+        return HttpCall("POST", "/v1/completions", {"model": model, "prompt": "Hi", "max_tokens": 1}, timeout_s=120.0)
+
+    def sleep(self, level: int) -> tuple[HttpCall, ...]:
+        """The gateway has drained the engine, so all three modes do the same, unless it was wrong. Then `wait` would answer too
+        late and sleep after all, behind our back; `keep` would freeze a client for hours; `abort` ends the stray request at
+        once, visibly (finish_reason `abort`), and the sleep is bounded."""
+        return (HttpCall("POST", f"/sleep?level={level}&mode=abort", timeout_s=120.0),)
+
+    def wake(self, level: int) -> tuple[HttpCall, ...]:
+        """Level 2 has discarded the weights: a bare /wake_up would answer "awake" and then serve garbage (vllm#29341)."""
+        if level == 1:
+            return (HttpCall("POST", "/wake_up", timeout_s=120.0),)
+        return (
+            HttpCall("POST", "/wake_up?tags=weights", timeout_s=120.0),
+            HttpCall("POST", "/collective_rpc", {"method": "reload_weights"}, timeout_s=600.0),
+            HttpCall("POST", "/wake_up?tags=kv_cache", timeout_s=120.0),
+        )
+
+    def residual_bytes(self, model: Model, level: int) -> int:
+        """The same for both levels: level 2 saves host memory, not GPU memory."""
+        if model.gpu_count == 0:
+            return 0
+        residual = _RESIDUAL_BYTES + _RESIDUAL_PER_PEER_BYTES * (model.gpu_count - 1)
+        return residual if model.vram_bytes is None else min(residual, model.vram_bytes)
+
+
+def _memory_arguments(model: Model) -> tuple[str, ...]:
+    """How much GPU memory vLLM may take; nothing on the CPU, without `vram`, or when the user's `args` say it.
+
+    `--gpu-memory-utilization` is a fraction of the GPU's total memory, known when the unit runs (`{vram_fraction}`). It bounds
+    everything, and vLLM refuses to start unless that much is free. On its own vLLM profiles a forward pass and gives the KV
+    cache what is left under the bound, which goes wrong when another engine's memory changes meanwhile. So, where `params` and
+    `precision` tell the weights, the KV cache gets a fixed size:
+
+        weights = params x bytes per weight / GPUs
+        overhead = 1.5 GiB + 6 % of the weights
+        kv cache = vram - weights - overhead
+    """
+    if model.vram_bytes is None or model.gpu_count == 0:
+        return ()
+    if _given(model.args, "--gpu-memory-utilization", "--device-memory-utilization", "--kv-cache-memory-bytes"):
+        return ()
+    kv_cache = _kv_cache_bytes(model)
+    return (
+        *("--gpu-memory-utilization", "{vram_fraction}"),
+        *(("--kv-cache-memory-bytes", str(kv_cache)) if kv_cache >= _KV_CACHE_MIN_BYTES else ()),
+    )
+
+
+def _kv_cache_bytes(model: Model) -> int:
+    """Per GPU, 0 when it cannot be told."""
+    per_weight = _BYTES_PER_WEIGHT.get((model.precision or "").lower())
+    if model.vram_bytes is None or model.params is None or per_weight is None:
+        return 0
+    weights = model.params * per_weight / model.gpu_count
+    return max(0, int(model.vram_bytes - weights * (1 + _OVERHEAD_PER_WEIGHT_BYTE) - _OVERHEAD_BYTES))
+
+
+def _given(args: tuple[str, ...], *options: str) -> bool:
+    """Whether `args` has one of the options, in any spelling that vLLM takes: `--a-b V`, `--a-b=V`, `--a_b V`."""
+    return any(arg.split("=", 1)[0].replace("_", "-") in options for arg in args if arg.startswith("--"))
+
+
+ENGINE = Vllm()
