@@ -1,0 +1,309 @@
+"""Unit files for a configuration (pure): the sockets that clients connect to and one template unit per model.
+
+A unit is complete: it shows exactly the command that runs, and nothing is written when a model starts. The instance name is the
+placement (mmd.names), which the runner receives as `%i`.
+"""
+
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+
+from mmd.config import Config, EngineKind, Gpus, Listen, Model, Provider
+from mmd.engines import engine
+from mmd.engines.base import CommandContext
+from mmd.errors import MmdError
+from mmd.problem import Problem
+from mmd.sandbox import sandbox
+from mmd.scope import Scope, ScopeKind
+from mmd.sizes import sized
+from mmd.unitfile import Specified, assignment, command_line, escape, quote
+
+try:  # hashlib loads OpenSSL: 5 ms of the generator's 60. The standard library's `random` imports SHA-2 like this, too.
+    from _sha256 import sha256  # type: ignore[import-not-found]
+except ImportError:  # Python 3.12 and later
+    from _sha2 import sha256  # type: ignore[import-not-found]
+
+__all__ = ["SOCKETS_WANTS", "Units", "definition", "model_unit", "model_unit_name", "render_units", "socket_units"]
+
+SOCKETS_WANTS = "sockets.target.wants"
+"""systemctl refuses to enable generated units, so the generator makes the links that `enable` would."""
+
+_GATEWAY = "mmd-gateway.service"
+_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
+_TCP_HOSTS = {"localhost": "127.0.0.1"}  # systemd resolves no names, systemd.socket(5)
+
+_COMMENT = re.compile(r"(?m)^#.*\n")
+_UNKNOWN = Specified("\0")  # stands for the fingerprint while that is computed; no user's text holds a bare NUL
+
+_SUPERVISION = """\
+# Loading takes longer; the runner extends this for as long as there is progress.
+TimeoutStartSec=2min
+TimeoutStopSec=30s
+# The runner reports only while the engine answers.
+WatchdogSec=30s
+# SIGTERM to the runner, which forwards it; SIGKILL to everything that is left.
+KillMode=mixed
+Restart=on-failure
+RestartSec=2s
+# 69: the engine failed before it was ever ready. What happens next is the gateway's decision.
+RestartPreventExitStatus=69
+# When memory is short, models go before the gateway, and as a whole.
+OOMPolicy=stop
+OOMScoreAdjust=500"""
+
+
+@dataclass(frozen=True, slots=True)
+class Units:
+    """What the generator writes."""
+
+    files: Mapping[str, str] = field(default_factory=dict)
+    """Text by file name."""
+    links: Mapping[str, str] = field(default_factory=dict)
+    """Target by the link's path, both relative to the output folder and the link."""
+    problems: tuple[Problem, ...] = ()
+
+
+def render_units(config: Config, *, scope: Scope, bin_dir: str) -> Units:
+    """All units of a configuration. A model whose unit cannot be made is left out, with a problem."""
+    files = dict(socket_units(config, scope))
+    links = {f"{SOCKETS_WANTS}/{name}": f"../{name}" for name in files}
+    problems = []
+    for model in config.models.values():
+        if model.engine is EngineKind.EXTERNAL:
+            continue
+        try:
+            files[model_unit_name(model)] = model_unit(model, gpus=config.gpus, scope=scope, bin_dir=bin_dir)
+        except MmdError as error:
+            problems.append(Problem(model.source, model.line, f"models.{model.name}", error.message, error.hint))
+    return Units(files, links, tuple(problems))
+
+
+def model_unit_name(model: Model) -> str:
+    """The file name of a model's template unit."""
+    return f"mmd-model-{model.id}@.service"
+
+
+def definition(model: Model, *, gpus: Gpus, scope: Scope, bin_dir: str) -> str:
+    """The fingerprint of what determines a model's process: 16 hexadecimal digits, the same as in its unit's command."""
+    return _definition(_ModelUnit(model, gpus, scope, bin_dir).body())
+
+
+def model_unit(model: Model, *, gpus: Gpus, scope: Scope, bin_dir: str) -> str:
+    """The text of a model's template unit; MmdError when its engine cannot be started as configured."""
+    return _ModelUnit(model, gpus, scope, bin_dir).text()
+
+
+def socket_units(config: Config, scope: Scope) -> Iterator[tuple[str, str]]:
+    """The sockets that start the gateway, by file name."""
+    system = scope.kind is ScopeKind.SYSTEM
+    open_to = ("SocketMode=0660", "SocketGroup=mmd") if system else ("SocketMode=0600",)
+    listen = config.gateway.listen
+    any_tcp = any(not address.startswith("/") for address in listen)
+    any_unix = any(address.startswith("/") for address in listen)
+    yield _socket(
+        "mmd-gateway.socket",
+        "mmd OpenAI API",
+        scope,
+        (
+            *map(_listen_stream, listen),
+            "FileDescriptorName=mmd-api",
+            "# How many connections the kernel keeps while the gateway starts or restarts.",
+            "Backlog=1024",
+            *(("# A token is a small packet; it must not wait for the next one.", "NoDelay=yes") if any_tcp else ()),
+            *(open_to if any_unix else ()),
+        ),
+    )
+    admins = ("SocketMode=0660", "SocketGroup=mmd-admin") if system else ("SocketMode=0600",)
+    admin = ("ListenStream=%t/mmd/admin.sock", "FileDescriptorName=mmd-admin", *admins)
+    yield _socket("mmd-admin.socket", "mmd admin API", scope, admin)
+    if config.gateway.admin_listen:
+        tcp = (*map(_listen_stream, config.gateway.admin_listen), "FileDescriptorName=mmd-admin-tcp", "NoDelay=yes")
+        yield _socket("mmd-admin-tcp.socket", "mmd admin API and dashboard over TCP", scope, tcp)
+
+
+def _socket(name: str, description: str, scope: Scope, lines: Iterable[str]) -> tuple[str, str]:
+    text = "\n".join(
+        (
+            f"# Made by mmd-generator(8) of {scope.config_file}: change it there, then `mmdctl reload`.",
+            "[Unit]",
+            f"Description={description}",
+            "Documentation=man:mmd.yaml(5) man:mmd-gateway(8)",
+            f"SourcePath={escape(str(scope.config_file))}",
+            "",
+            "[Socket]",
+            *lines,
+            f"Service={_GATEWAY}",
+            "",
+        )
+    )
+    return name, text
+
+
+def _listen_stream(address: str) -> str:
+    host, separator, port = address.rpartition(":")
+    if address.startswith("/") or not separator:
+        return f"ListenStream={escape(address)}"
+    return f"ListenStream={_TCP_HOSTS.get(host, host)}:{port}"
+
+
+@dataclass(frozen=True, slots=True)
+class _ModelUnit:
+    model: Model
+    gpus: Gpus
+    scope: Scope
+    bin_dir: str
+
+    def text(self) -> str:
+        model = self.model
+        body = self.body()
+        return (
+            f"# Made by mmd-generator(8) of {model.source}:{model.line}: change it there, then `mmdctl reload`;\n"
+            f"# or add to it: `systemctl edit {model_unit_name(model)}`.\n"
+            f"[Unit]\nSourcePath={escape(str(model.source))}\n"
+            f"{body.replace(_UNKNOWN, _definition(body), 1)}\n"
+        )
+
+    def body(self) -> str:
+        """All of it that matters to the process, with a placeholder for the fingerprint."""
+        return "\n".join((*self._unit(), "", *self._service()))
+
+    @property
+    def _directory(self) -> str:
+        """The runtime directory of the instance, with specifiers."""
+        return f"%t/mmd-model/{self.model.id}@%i"
+
+    @property
+    def _gpu_memory(self) -> dict[int, int]:
+        sizes = ((index, device.memory_bytes) for index, device in enumerate(self.gpus.devices))
+        return {index: size for index, size in sizes if size is not None}
+
+    @property
+    def _uses_devices(self) -> bool:
+        """Whether it opens real GPUs."""
+        return self.model.gpu_count > 0 and self.model.engine is not EngineKind.SIM and self.gpus.provider is not Provider.SIM
+
+    def _context(self) -> CommandContext:
+        return CommandContext(
+            socket=f"{self._directory}/engine.sock",
+            bin_dir=self.bin_dir,
+            cache_dir=str(self.scope.cache_dir),
+            sim_dir=str(self.scope.sim_dir),
+            gpu_memory_bytes=self._gpu_memory,
+        )
+
+    def _unit(self) -> list[str]:
+        return [
+            f"Description=mmd model {escape(self.model.name)} on %i",
+            "Documentation=man:mmd.yaml(5) man:mmd-generator(8)",
+            "# An engine that keeps crashing is given up; `mmdctl start` tries again.",
+            "StartLimitIntervalSec=10min",
+            "StartLimitBurst=3",
+        ]
+
+    def _service(self) -> list[str]:
+        context = self._context()
+        argv = engine(self.model.engine).command(sized(self.model), context)
+        words = (*self._runner(context), "--", *argv)
+        return [
+            "[Service]",
+            "# The runner starts the engine as its child; ready means that the engine has answered.",
+            "Type=notify",
+            "NotifyAccess=main",
+            f"ExecStart={command_line(words, specified=context.socket)}",
+            *self._environment(context),
+            *self._process(),
+            *self._directories(),
+            _SUPERVISION,
+            *sandbox(
+                self.model,
+                scope=self.scope,
+                directory=self._directory,
+                uses_devices=self._uses_devices,
+                argv=words,
+            ),
+        ]
+
+    def _runner(self, context: CommandContext) -> Iterator[str]:
+        """The runner's command line, mmd-runner(8)."""
+        model, health = self.model, self.model.health
+        yield f"{self.bin_dir}/mmd-runner"
+        yield from ("--model", model.name)
+        yield from ("--engine", str(model.engine))
+        yield from ("--gpus", Specified("%i"))
+        yield from ("--definition", _UNKNOWN)
+        yield from ("--directory", Specified(self._directory))
+        yield from ("--listen", self._listen())
+        yield from ("--health-path", health.path)
+        yield from ("--health-interval", f"{health.interval_s:g}")
+        yield from ("--health-timeout", f"{health.timeout_s:g}")
+        macros = {"{socket}": context.socket, "{model}": model.model or model.name, "{id}": model.id}
+        for option, words in (("--health-command", health.command), ("--stop-command", model.stop_command)):
+            for word in words:
+                yield from (option, _expand(word, macros))
+        vram = sized(model).vram_bytes
+        if vram is not None and model.gpu_count:
+            yield from ("--vram", str(vram))
+        for index, memory_bytes in self._gpu_memory.items():
+            yield from ("--gpu-memory", f"{index}={memory_bytes}")
+
+    def _listen(self) -> str:
+        if self.model.engine is not EngineKind.COMMAND:
+            return str(Listen.UNIX if engine(self.model.engine).uses_socket else Listen.TCP)
+        return f"{self.model.listen}:{self.model.listen_port}" if self.model.listen_port else str(self.model.listen)
+
+    def _environment(self, context: CommandContext) -> Iterator[str]:
+        model = self.model
+        variables = {"PATH": f"{model.venv}/bin:{_PATH}" if model.venv else _PATH}
+        if self.scope.kind is ScopeKind.SYSTEM:  # a user's own engines share the user's caches
+            variables |= {
+                "HOME": context.cache_dir,
+                "XDG_CACHE_HOME": context.cache_dir,
+                "HF_HOME": f"{context.cache_dir}/huggingface",
+                "VLLM_CACHE_ROOT": f"{context.cache_dir}/vllm",
+            }
+        variables |= engine(model.engine).environment(model, context)
+        variables |= model.env
+        return (f"Environment={assignment(name, value, specified=context.socket)}" for name, value in variables.items())
+
+    def _process(self) -> Iterator[str]:
+        model = self.model
+        system = self.scope.kind is ScopeKind.SYSTEM
+        if model.workdir or system:
+            yield f"WorkingDirectory={escape(str(model.workdir or self.scope.cache_dir))}"
+        if system:
+            yield from (
+                "# Not the gateway's user: that one may start units, engines may not.",
+                "User=mmd-model",
+                "Group=mmd-model",
+            )
+            if self._uses_devices:
+                yield from ("# Who may open GPUs.", "SupplementaryGroups=video render")
+        yield "Slice=mmd-models.slice"
+        if model.limits.memory_max_bytes is not None:
+            yield f"MemoryMax={model.limits.memory_max_bytes}"
+        if model.limits.cpu_weight is not None:
+            yield f"CPUWeight={model.limits.cpu_weight}"
+        yield f"SyslogIdentifier=mmd-{model.id}"
+        yield f"LogExtraFields={quote(f'MMD_MODEL={model.name}', variables=False)} MMD_ROLE=model"
+
+    def _directories(self) -> Iterator[str]:
+        yield f"RuntimeDirectory=mmd-model/{self.model.id}@%i"
+        yield "RuntimeDirectoryMode=0750"
+        yield "# The runner's report outlives it: the gateway reads there why a model failed."
+        yield "RuntimeDirectoryPreserve=yes"
+        yield "CacheDirectory=mmd"
+        if self.scope.kind is ScopeKind.SYSTEM:
+            yield "CacheDirectoryMode=0750"
+        yield "# The gateway connects to the engine's socket as a member of the group."
+        yield "UMask=0007"
+
+
+def _definition(body: str) -> str:
+    digest: str = sha256(_COMMENT.sub("", body).encode()).hexdigest()
+    return digest[:16]
+
+
+def _expand(word: str, macros: Mapping[str, str]) -> str:
+    for macro, value in macros.items():
+        word = word.replace(macro, value)
+    return word
