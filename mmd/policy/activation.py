@@ -1,0 +1,138 @@
+"""From demand to a running model: claims are made, victims leave, the unit starts or wakes."""
+
+from mmd.config import Model
+from mmd.names import UnitName
+from mmd.policy.actions import Action, Refusal, Sleep, Start, Stop, UnitAction, Wake
+from mmd.policy.admission import fits_ever, refuse_all
+from mmd.policy.events import Phase
+from mmd.policy.instance import Claim, Instance
+from mmd.policy.ledger import covers
+from mmd.policy.placing import plan
+from mmd.policy.state import State
+
+__all__ = ["act", "advance", "claim", "demands", "revise"]
+
+
+def demands(state: State) -> list[Model]:
+    """Models that somebody waits for and that nothing is being done for yet: by priority, then by the oldest request."""
+    wanted = [state.config.models[name] for name in state.queues if name not in state.claims]
+    idle = [model for model in wanted if not _under_way(state, model)]
+    return sorted(idle, key=lambda model: (-model.priority, state.queues[model.name][0].since))
+
+
+def _under_way(state: State, model: Model) -> bool:
+    """Whether an instance is ready or coming (more requests than it may take at once wait), or still on its way out."""
+    return any(i.changing or i.phase is Phase.READY for i in state.instances_of(model))
+
+
+def revise(state: State) -> None:
+    """Drop claims that nobody waits for any more, and those whose victims have left without leaving room enough.
+
+    The latter are planned again in the same round: somebody else has taken memory meanwhile (foreign use, a sleep that kept
+    more than expected), so more must leave.
+    """
+    for name, claim in list(state.claims.items()):
+        wanted = name in state.queues or name in state.preload
+        if not wanted or (_left(state, claim) and _short(state, claim)):
+            del state.claims[name]
+    victims = {unit for claim in state.claims.values() for unit in claim.victims}
+    for instance in state.instances.values():
+        instance.gate_open = instance.unit not in victims and instance.release is None and not instance.retiring
+
+
+def _left(state: State, claim: Claim) -> bool:
+    """Whether every victim has gone where it was to go."""
+    for unit, level in claim.victims.items():
+        victim = state.instances.get(unit)
+        if victim is None or victim.phase is Phase.FAILED:
+            continue
+        if victim.changing or victim.phase is Phase.READY or (level == 0 and victim.phase is Phase.SLEEPING):
+            return False
+    return True
+
+
+def _short(state: State, claim: Claim) -> bool:
+    return not state.locked(claim.unit.placement) and not covers(state.free_now(), claim.need)
+
+
+def claim(state: State, now: float) -> list[Action]:
+    """Promise memory to every model in demand that a place can be found for; refuse those for which there never will be one."""
+    actions: list[Action] = []
+    for model in demands(state):
+        words = fits_ever(state, model)
+        if words is not None:
+            actions += refuse_all(state, model.name, Refusal.NEVER_FITS, words, retry_after_s=None)
+        elif now >= _wakes_at(state, model):
+            impatient = now - state.queues[model.name][0].since >= state.config.policy.max_wait_s
+            _promise(state, plan(state, model, now, impatient=impatient))
+    for name in sorted(state.preload - state.claims.keys()):
+        model = state.config.models[name]
+        if not _under_way(state, model) and fits_ever(state, model) is None:
+            _promise(state, plan(state, model, now, impatient=False, evict=False))
+    return actions
+
+
+def _promise(state: State, claim: Claim | None) -> None:
+    if claim is None:
+        return
+    state.claims[claim.model] = claim
+    for unit in claim.victims:
+        state.instances[unit].gate_open = False
+
+
+def _wakes_at(state: State, model: Model) -> float:
+    """When a sleeping model may wake again (idle.min_sleep)."""
+    return max((i.since + model.idle.min_sleep_s for i in state.instances_of(model) if i.phase is Phase.SLEEPING), default=0.0)
+
+
+def advance(state: State, now: float) -> list[Action]:
+    """Move every claim on, oldest first: send idle victims away, then start or wake the unit once there is room."""
+    actions: list[Action] = []
+    for name, claim in sorted(state.claims.items(), key=lambda item: item[1].since):
+        for unit, level in claim.victims.items():
+            actions += _send_away(state, unit, level, now)
+        if _left(state, claim) and not state.locked(claim.unit.placement) and covers(state.free_now(), claim.need):
+            del state.claims[name]
+            state.preload.discard(name)
+            actions.append(_activate(state, claim, now))
+    return actions
+
+
+def _send_away(state: State, unit: UnitName, level: int, now: float) -> list[Action]:
+    victim = state.instances.get(unit)
+    if victim is None or victim.changing or victim.in_flight or victim.release is not None or victim.phase is Phase.FAILED:
+        return []
+    if victim.phase is Phase.SLEEPING and level > 0:
+        return []
+    return act(state, victim, level, now)
+
+
+def act(state: State, instance: Instance, level: int, now: float) -> list[Action]:
+    """Put an instance to sleep at `level`, or stop it (0), as soon as the lock on its GPUs is free."""
+    loading = instance.phase is Phase.STARTING
+    if now < instance.retry_at or (state.locked(instance.unit.placement) and not loading):
+        return []
+    action: UnitAction
+    if level and instance.phase is Phase.READY and instance.model is not None:
+        after = instance.holds_after(level, held_bytes=state.held_asleep(instance, level))
+        held = max((after[gpu] for gpu in instance.unit.placement.gpus), default=0)
+        action = Sleep(instance.unit, level, int(held))
+    else:
+        action = Stop(instance.unit)
+    instance.pending = action
+    instance.since = now
+    return [action]
+
+
+def _activate(state: State, claim: Claim, now: float) -> UnitAction:
+    instance = state.instances.get(claim.unit)
+    if instance is not None and instance.phase is Phase.SLEEPING:
+        instance.pending = Wake(claim.unit, instance.level)
+    else:
+        model = state.config.models[claim.model]
+        definition = state.definitions.get(claim.model, "")
+        instance = Instance(claim.unit, model, Phase.STARTING, now, definition=definition, pending=Start(claim.unit))
+        state.instances[claim.unit] = instance
+    instance.since = now
+    assert isinstance(instance.pending, Start | Wake)
+    return instance.pending

@@ -1,0 +1,167 @@
+"""Requests: who is let through, who waits, who is turned away, and with which words."""
+
+from collections import deque
+
+from mmd.config import Model
+from mmd.policy.actions import Action, Admit, Refusal, Refuse
+from mmd.policy.events import Arrived, Phase
+from mmd.policy.instance import Instance, Waiter
+from mmd.policy.ledger import RAM, Amounts, Key, awake_amounts, minus, shortfall
+from mmd.policy.state import State
+from mmd.quantity import human_duration, human_size
+
+__all__ = ["admit", "arrive", "drop", "expire", "fits_ever", "refuse_all", "requeue"]
+
+# Retry-After when the queue is full or the wait was too long: about one swap.
+_RETRY_S = 10.0
+
+
+def arrive(state: State, event: Arrived, now: float) -> list[Action]:
+    """Queue a request, or refuse it at once when waiting cannot help."""
+    model = state.config.models.get(event.model)
+    if model is None:
+        return [Refuse(event.request, Refusal.UNKNOWN_MODEL, f"the model {event.model!r} does not exist")]
+    refusal = _hopeless(state, model, event, now)
+    if refusal is not None:
+        return [refusal]
+    state.traffic_of(model.name).count(now)
+    _enqueue(state, Waiter(event.request, model.name, now, event.operator))
+    return []
+
+
+def _hopeless(state: State, model: Model, event: Arrived, now: float) -> Refuse | None:
+    ready = any(i.phase is Phase.READY for i in state.instances_of(model))
+    if ready:
+        return _queue_full(state, event)
+    words = fits_ever(state, model)
+    if words is not None:
+        return Refuse(event.request, Refusal.NEVER_FITS, words)
+    if event.operator:
+        state.failures.pop(model.name, None)
+        return None
+    asleep = any(i.phase is Phase.SLEEPING for i in state.instances_of(model))
+    if asleep and not model.wake_on_request:
+        hint = f"it does not wake on request: mmdctl wake {model.name}"
+        return Refuse(event.request, Refusal.ASLEEP, f"the model {model.name!r} is asleep; {hint}")
+    return _failed_lately(state, model, event, now) or _queue_full(state, event)
+
+
+def _failed_lately(state: State, model: Model, event: Arrived, now: float) -> Refuse | None:
+    failures = state.failures.get(model.name)
+    if failures is None or not (failures.final or now < failures.retry_at):
+        return None
+    if failures.final:
+        message = f"{failures.reason}; it failed {failures.count} times in a row: mmdctl reset {model.name}"
+        return Refuse(event.request, Refusal.START_FAILED, message, None, failures.tail)
+    wait_s = failures.retry_at - now
+    message = f"{failures.reason}; the next try is in {human_duration(wait_s)}"
+    return Refuse(event.request, Refusal.BACKING_OFF, message, wait_s, failures.tail)
+
+
+def _queue_full(state: State, event: Arrived) -> Refuse | None:
+    limit = state.config.gateway.queue_limit
+    if len(state.waiting) < limit or event.operator:
+        return None
+    return Refuse(event.request, Refusal.QUEUE_FULL, f"{limit} requests are waiting already", _RETRY_S)
+
+
+def fits_ever(state: State, model: Model) -> str | None:
+    """None when the model fits somewhere on empty GPUs, else the arithmetic that says why not."""
+    placements = state.placements(model)
+    if not placements:
+        return f"{model.name} needs {_gpu_words(model)}, and this machine has {len(state.gpus) or 'none'}"
+    needs = [awake_amounts(model, placement) for placement in placements]
+    empty, pinned = state.empty(), state.pinned(model)
+    best = min(needs, key=lambda need: sum(shortfall(need, minus(empty, pinned)).values()))
+    missing = next(iter(shortfall(best, minus(empty, pinned))), None)
+    return None if missing is None else f"{model.name} can never fit: {_arithmetic(state, missing, best, empty, pinned)}"
+
+
+def _arithmetic(state: State, key: Key, need: Amounts, empty: Amounts, pinned: Amounts) -> str:
+    """Why `need` is more than there is of one resource, in numbers that can be checked."""
+    held = pinned.get(key, 0)
+    if not isinstance(key, int):
+        size = human_size if key == RAM else str
+        beside = f", {size(held)} of it held by pinned models" if held else ""
+        return f"it needs {size(need[key])} of {key}, and there is {size(empty.get(key, 0))}{beside}"
+    total, reserve = state.gpus[key].total_bytes, state.config.gpus.reserve_bytes
+    beside = f" - {human_size(held)} held by pinned models" if held else ""
+    return (
+        f"it needs {human_size(need[key])} on a GPU, and GPU {key}, the best choice, has {human_size(total)} - "
+        f"{human_size(reserve)} reserve{beside} = {human_size(empty[key] - held)}"
+    )
+
+
+def _gpu_words(model: Model) -> str:
+    if isinstance(model.gpus, int):
+        return f"{model.gpus} GPU{'s' if model.gpus > 1 else ''}"
+    return f"GPU {', '.join(map(str, model.gpus))}"
+
+
+def admit(state: State, now: float) -> list[Action]:
+    """Let waiting requests through to instances that are ready, oldest first, to the least loaded instance."""
+    actions: list[Action] = []
+    for name in list(state.queues):
+        model = state.config.models[name]
+        while name in state.queues:
+            instance = _least_loaded(state, model)
+            if instance is None:
+                break
+            waiter = state.queues[name][0]
+            drop(state, waiter.request)
+            state.admitted[waiter.request] = instance.unit
+            instance.in_flight.add(waiter.request)
+            instance.last_activity = now
+            actions.append(Admit(waiter.request, instance.unit))
+    return actions
+
+
+def _least_loaded(state: State, model: Model) -> Instance | None:
+    room = [
+        i for i in state.instances_of(model) if i.usable and (model.concurrency == 0 or len(i.in_flight) < model.concurrency)
+    ]
+    return min(room, key=lambda i: (len(i.in_flight), i.unit), default=None)
+
+
+def expire(state: State, now: float) -> list[Action]:
+    """Refuse those that have waited longer than `gateway.wait_limit`."""
+    limit = state.config.gateway.wait_limit_s
+    late = [w for w in state.waiting.values() if now - w.since >= limit]
+    actions: list[Action] = []
+    for waiter in late:
+        drop(state, waiter.request)
+        message = f"{waiter.model} did not become ready within {human_duration(limit)} (gateway.wait_limit)"
+        actions.append(Refuse(waiter.request, Refusal.WAITED_TOO_LONG, message, _RETRY_S))
+    return actions
+
+
+def refuse_all(state: State, model: str, why: Refusal, message: str, *, retry_after_s: float | None,
+               tail: tuple[str, ...] = ()) -> list[Action]:  # fmt: skip
+    """Turn away everybody who waits for `model`."""
+    requests = [waiter.request for waiter in state.queues.get(model, ())]
+    for request in requests:
+        drop(state, request)
+    return [Refuse(request, why, message, retry_after_s, tail) for request in requests]
+
+
+def drop(state: State, request: int) -> None:
+    """Take a request out of its queue, if it still waits."""
+    waiter = state.waiting.pop(request, None)
+    if waiter is None:
+        return
+    queue = state.queues[waiter.model]
+    queue.remove(waiter)
+    if not queue:
+        del state.queues[waiter.model]
+
+
+def requeue(state: State, request: int, model: str, now: float) -> None:
+    """Put an admitted request that reached nobody back, at the head of its queue."""
+    waiter = Waiter(request, model, now, operator=False)
+    state.waiting[request] = waiter
+    state.queues.setdefault(model, deque()).appendleft(waiter)
+
+
+def _enqueue(state: State, waiter: Waiter) -> None:
+    state.waiting[waiter.request] = waiter
+    state.queues.setdefault(waiter.model, deque()).append(waiter)

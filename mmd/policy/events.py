@@ -1,0 +1,147 @@
+"""What the scheduler is told. Times are seconds of a monotonic clock and come with the event, never from inside."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from enum import StrEnum
+
+from mmd.config import Config
+from mmd.names import UnitName
+from mmd.policy.actions import UnitAction
+
+__all__ = [
+    "Arrived",
+    "Cancelled",
+    "Done",
+    "Event",
+    "Finished",
+    "GpuSample",
+    "Observed",
+    "Phase",
+    "Reconfigured",
+    "Release",
+    "Reset",
+    "Sampled",
+    "Tick",
+    "Unreachable",
+]
+
+
+class Phase(StrEnum):
+    """What a model unit is doing, as read from systemd and the engine."""
+
+    STOPPED = "stopped"
+    STARTING = "starting"
+    READY = "ready"
+    SLEEPING = "sleeping"
+    STOPPING = "stopping"
+    FAILED = "failed"
+
+
+@dataclass(frozen=True, slots=True)
+class Observed:
+    """The state of a unit was read. A unit with an action pending is described by that action's `Done` alone."""
+
+    unit: UnitName
+    phase: Phase
+    level: int = 0
+    """Sleep level, when sleeping."""
+    definition: str = ""
+    """Fingerprint it was started with; "" when unknown."""
+    reason: str = ""
+    """Why it failed."""
+    tail: tuple[str, ...] = ()
+    """The engine's last log lines, when it failed."""
+
+
+@dataclass(frozen=True, slots=True)
+class Done:
+    """The scheduler's `action` on `observed.unit` has ended; `observed` is what was read afterwards."""
+
+    action: UnitAction
+    observed: Observed
+    ok: bool
+    elapsed_s: float = 0.0
+    held_bytes: int | None = None
+    """GPU memory still held per GPU, measured after a sleep; None when nothing can measure it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Arrived:
+    """A request wants a model."""
+
+    request: int
+    model: str
+    operator: bool = False
+    """Asked for by an operator (`mmdctl start`): also wakes a model that requests may not wake, and lifts a back-off."""
+
+
+@dataclass(frozen=True, slots=True)
+class Cancelled:
+    """The client of a waiting request has left."""
+
+    request: int
+
+
+@dataclass(frozen=True, slots=True)
+class Finished:
+    """An admitted request has ended, in whatever way."""
+
+    request: int
+
+
+@dataclass(frozen=True, slots=True)
+class Unreachable:
+    """An admitted request found nobody listening at its instance, and goes back to the head of the queue."""
+
+    request: int
+
+
+@dataclass(frozen=True, slots=True)
+class Release:
+    """An operator wants a unit stopped (`level` 0) or asleep; `force` does not wait for its requests."""
+
+    unit: UnitName
+    level: int = 0
+    force: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Reset:
+    """Forget a model's failures."""
+
+    model: str
+
+
+@dataclass(frozen=True, slots=True)
+class GpuSample:
+    """A GPU as the provider sees it; `used_bytes` None when it cannot be measured."""
+
+    index: int
+    total_bytes: int
+    used_bytes: int | None = None
+    uuid: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Sampled:
+    """GPU memory was measured."""
+
+    gpus: tuple[GpuSample, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Reconfigured:
+    """A configuration is in force; `definitions` holds the fingerprint that each model would be started with now."""
+
+    config: Config
+    definitions: Mapping[str, str]
+    ram_bytes: int = 0
+    """Budget of host memory, used when the configuration does not set one."""
+
+
+@dataclass(frozen=True, slots=True)
+class Tick:
+    """Time has passed; the scheduler's `deadline` has come."""
+
+
+Event = Arrived | Cancelled | Done | Finished | Observed | Reconfigured | Release | Reset | Sampled | Tick | Unreachable

@@ -1,0 +1,126 @@
+"""One unit of a model as the scheduler knows it, and the requests that wait for a model."""
+
+from dataclasses import dataclass, field
+
+from mmd.config import Model
+from mmd.names import UnitName
+from mmd.policy.actions import Sleep, Start, Stop, UnitAction, Wake
+from mmd.policy.events import Observed, Phase, Release
+from mmd.policy.ledger import Key, asleep_amounts, awake_amounts
+
+__all__ = ["Claim", "Failures", "Instance", "Waiter"]
+
+
+@dataclass(slots=True)
+class Waiter:
+    """A request in the queue of its model."""
+
+    request: int
+    model: str
+    since: float
+    operator: bool
+
+
+@dataclass(slots=True)
+class Claim:
+    """Memory promised to a model that is about to start or wake, and the residents that must leave for it."""
+
+    model: str
+    unit: UnitName
+    since: float
+    need: dict[Key, float]
+    """What the unit will hold beyond what it holds now."""
+    victims: dict[UnitName, int]
+    """Sleep level that each victim goes down to; 0: it stops."""
+
+
+@dataclass(slots=True)
+class Failures:
+    """Starts of a model that failed in a row."""
+
+    count: int
+    retry_at: float
+    reason: str
+    tail: tuple[str, ...]
+    final: bool = False
+    """No further start before a reset."""
+
+
+@dataclass(slots=True)
+class Instance:
+    """A unit that holds memory, is about to, or failed. Stopped units are forgotten."""
+
+    unit: UnitName
+    model: Model | None
+    """The definition that its memory is reckoned by; None for an orphan that no configuration of ours knew."""
+    phase: Phase
+    since: float
+    level: int = 0
+    definition: str = ""
+    reason: str = ""
+    tail: tuple[str, ...] = ()
+    pending: UnitAction | None = None
+    in_flight: set[int] = field(default_factory=set)
+    gate_open: bool = True
+    """Closed: new requests queue instead of being admitted, so that it can drain."""
+    ready_since: float = 0.0
+    """When it last became ready; waking up does not count."""
+    last_activity: float = 0.0
+    held_bytes: int | None = None
+    """Measured per GPU while asleep."""
+    release: Release | None = None
+    retry_at: float = 0.0
+    """After an action on it failed: not before this time again."""
+    stale_since: float | None = None
+    """Since when its definition differs from the configuration's (or its model is gone from it)."""
+    retiring: bool = False
+    """Stale for so long that it takes no further requests."""
+
+    def observe(self, seen: Observed, now: float) -> None:
+        """Take over what was read; a change of phase restarts `since`."""
+        if seen.phase is not self.phase or seen.level != self.level:
+            self.since = now
+        self.phase, self.level = seen.phase, seen.level
+        self.reason, self.tail = seen.reason, seen.tail
+        self.definition = seen.definition or self.definition
+
+    @property
+    def changing(self) -> bool:
+        """Whether the memory of its GPUs is being changed: the lock on them is held."""
+        return self.pending is not None or self.phase in (Phase.STARTING, Phase.STOPPING)
+
+    @property
+    def activating(self) -> bool:
+        return isinstance(self.pending, Start | Wake) or (self.pending is None and self.phase is Phase.STARTING)
+
+    @property
+    def usable(self) -> bool:
+        """Whether requests may be admitted to it now."""
+        return self.phase is Phase.READY and self.pending is None and self.gate_open
+
+    @property
+    def idle_since(self) -> float:
+        return max(self.since, self.last_activity)
+
+    def holds(self) -> dict[Key, float]:
+        """What it holds now, transitions at their larger side."""
+        if self.model is None or (self.phase in (Phase.STOPPED, Phase.FAILED) and self.pending is None):
+            return {}
+        if self.phase is Phase.SLEEPING and not isinstance(self.pending, Wake):
+            return asleep_amounts(self.model, self.unit.placement, self.level, held_bytes=self.held_bytes)
+        return awake_amounts(self.model, self.unit.placement)
+
+    def holds_after(self, level: int, *, held_bytes: int | None = None) -> dict[Key, float]:
+        """What it will hold once it sleeps at `level`, or has stopped (0)."""
+        if self.model is None or level == 0:
+            return {}
+        return asleep_amounts(self.model, self.unit.placement, level, held_bytes=held_bytes)
+
+    def leaving_to(self) -> int | None:
+        """The level that a pending action takes it down to (0: stopped), or None when it is not on its way out."""
+        match self.pending:
+            case Sleep(level=level):
+                return level
+            case Stop():
+                return 0
+        return 0 if self.phase is Phase.STOPPING else None

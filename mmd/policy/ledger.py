@@ -1,0 +1,59 @@
+"""Amounts of resources: GPU memory by GPU index, and by name whatever else is counted (`ram`, `license`).
+
+An amount is a mapping from resource to number; a resource that is absent counts as zero. Memory is in bytes.
+"""
+
+from collections.abc import Iterable, Mapping
+
+from mmd.config import Model
+from mmd.engines import engine
+from mmd.names import Placement
+from mmd.sizes import vram_bytes
+
+__all__ = ["RAM", "Amounts", "Key", "asleep_amounts", "awake_amounts", "covers", "minus", "plus", "shortfall"]
+
+Key = int | str
+Amounts = Mapping[Key, float]
+
+RAM = "ram"
+
+
+def plus(parts: Iterable[Amounts]) -> dict[Key, float]:
+    """The sum of all parts."""
+    total: dict[Key, float] = {}
+    for part in parts:
+        for key, amount in part.items():
+            total[key] = total.get(key, 0) + amount
+    return total
+
+
+def minus(whole: Amounts, part: Amounts) -> dict[Key, float]:
+    """`whole` less `part`; may go below zero."""
+    return {key: whole.get(key, 0) - part.get(key, 0) for key in {**whole, **part}}
+
+
+def shortfall(need: Amounts, free: Amounts) -> dict[Key, float]:
+    """What is missing of each resource that `need` asks for; empty when `free` covers it."""
+    return {key: amount - free.get(key, 0) for key, amount in need.items() if amount > free.get(key, 0)}
+
+
+def covers(free: Amounts, need: Amounts) -> bool:
+    return not shortfall(need, free)
+
+
+def awake_amounts(model: Model, placement: Placement) -> dict[Key, float]:
+    """What an instance holds from the moment it starts."""
+    amounts: dict[Key, float] = {gpu: vram_bytes(model) for gpu in placement.gpus}
+    if model.ram_bytes:
+        amounts[RAM] = model.ram_bytes
+    for name, amount in model.resources.items():
+        amounts[name] = amounts.get(name, 0) + amount
+    return amounts
+
+
+def asleep_amounts(model: Model, placement: Placement, level: int, *, held_bytes: int | None) -> dict[Key, float]:
+    """What it still holds while asleep: `held_bytes` per GPU where that was measured, else the engine's prior."""
+    residual = engine(model.engine).residual_bytes(model, level) if held_bytes is None else held_bytes
+    amounts = awake_amounts(model, placement)
+    amounts.update({gpu: min(residual, amounts[gpu]) for gpu in placement.gpus})
+    return amounts

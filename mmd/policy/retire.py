@@ -1,0 +1,80 @@
+"""Instances that leave for their own sake: on an operator's word, after a change of definition, or idle for long enough."""
+
+from collections.abc import Iterator
+
+from mmd.config import Model
+from mmd.policy.actions import Action, Start
+from mmd.policy.activation import act
+from mmd.policy.events import Phase
+from mmd.policy.instance import Instance
+from mmd.policy.placing import deepest_sleep
+from mmd.policy.state import State
+
+__all__ = ["deadlines", "retire"]
+
+
+def retire(state: State, now: float) -> list[Action]:
+    """Stop or sleep what is released, stale or idle, as far as its requests and the GPU locks allow."""
+    actions: list[Action] = []
+    victims = {unit for claim in state.claims.values() for unit in claim.victims}
+    for instance in list(state.instances.values()):
+        if not _free_to_act(instance) or (instance.unit in victims and instance.release is None):
+            continue
+        level = _due(state, instance, now)
+        if level is not None:
+            actions += act(state, instance, level, now)
+    return actions
+
+
+def _free_to_act(instance: Instance) -> bool:
+    """Whether nothing is pending on it, or only a start that an operator wants to end."""
+    if instance.pending is None:
+        return True
+    return isinstance(instance.pending, Start) and instance.release is not None and instance.release.level == 0
+
+
+def _due(state: State, instance: Instance, now: float) -> int | None:
+    """The level to take an instance down to at this moment (0: stop), or None to leave it alone."""
+    if instance.release is not None:
+        if instance.phase is Phase.STOPPING or (instance.in_flight and not instance.release.force):
+            return None
+        return instance.release.level
+    if instance.phase not in (Phase.READY, Phase.SLEEPING):
+        return None
+    if instance.stale_since is not None:
+        instance.retiring = now - instance.stale_since >= state.config.policy.max_wait_s
+        return 0 if not instance.in_flight else None
+    if instance.model is None or instance.in_flight or state.waiters_of(instance.unit):
+        return None
+    timers = dict(_idle_timers(instance, instance.model))
+    return min((level for level, at in timers.items() if at <= now), default=None)
+
+
+def _idle_timers(instance: Instance, model: Model) -> Iterator[tuple[int, float]]:
+    """Level and time of each idle timer that runs for an instance, counted from max(ready, last activity)."""
+    idle = model.idle
+    if idle.stop_after_s is not None:
+        yield 0, max(instance.ready_since, instance.last_activity) + idle.stop_after_s
+    if idle.sleep_after_s is not None and instance.phase is Phase.READY and deepest_sleep(instance):
+        yield deepest_sleep(instance), instance.idle_since + idle.sleep_after_s
+
+
+def deadlines(state: State, now: float) -> Iterator[float]:
+    """Every time in the future at which the passing of time alone changes a decision."""
+    for queue in state.queues.values():
+        oldest = queue[0].since
+        yield oldest + state.config.gateway.wait_limit_s
+        yield oldest + state.config.policy.max_wait_s
+    for failures in state.failures.values():
+        yield failures.retry_at
+    for instance in state.instances.values():
+        yield instance.retry_at
+        if instance.model is None or instance.phase not in (Phase.READY, Phase.SLEEPING):
+            continue
+        if state.queues:
+            yield instance.since + state.config.policy.min_residency_s
+            yield instance.since + instance.model.idle.min_sleep_s
+        if instance.stale_since is not None:
+            yield instance.stale_since + state.config.policy.max_wait_s
+        if not instance.in_flight:
+            yield from (at for _, at in _idle_timers(instance, instance.model))

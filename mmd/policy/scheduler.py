@@ -1,0 +1,245 @@
+"""The scheduler: one event in, the actions that follow from it out.
+
+Every event first changes what is known; then one round of decisions runs in a fixed order (`_settle`). A round is idempotent:
+without a new event or the passing of time it finds nothing more to do.
+"""
+
+from mmd.names import UnitName
+from mmd.policy import activation, admission
+from mmd.policy.actions import Action, Refusal, Sleep, Start, Wake
+from mmd.policy.events import (
+    Arrived,
+    Cancelled,
+    Done,
+    Event,
+    Finished,
+    GpuSample,
+    Observed,
+    Phase,
+    Reconfigured,
+    Release,
+    Reset,
+    Sampled,
+    Tick,
+    Unreachable,
+)
+from mmd.policy.instance import Failures, Instance
+from mmd.policy.ledger import plus
+from mmd.policy.retire import deadlines, retire
+from mmd.policy.state import State
+
+__all__ = ["Scheduler"]
+
+# After a failed start, the next may come after 2, 4, 8 s; the fourth failure in a row is final until `mmdctl reset`.
+_BACK_OFF_S = 2.0
+_MAX_FAILURES = 4
+
+# After any other action failed (systemd out of reach, a right missing): long enough not to spin, short enough for a user.
+_RETRY_S = 2.0
+
+
+class Scheduler:
+    """Decides which models hold the GPUs. Feed it with `handle`; call it with a Tick when `deadline` has come."""
+
+    __slots__ = ("state",)
+
+    def __init__(self) -> None:
+        self.state = State()
+
+    def handle(self, event: Event, now: float) -> list[Action]:
+        """The actions that `event`, at monotonic time `now` in seconds, leads to."""
+        actions = self._learn(event, now)
+        quiet = isinstance(event, Finished) and self.state.quiet()  # the end of most requests changes no decision
+        return actions if quiet else actions + self._settle(now)
+
+    def deadline(self, now: float) -> float | None:
+        """When to come back with a Tick although nothing else happened; None: never."""
+        return min((at for at in deadlines(self.state, now) if at > now), default=None)
+
+    def _settle(self, now: float) -> list[Action]:
+        state = self.state
+        actions = admission.expire(state, now)
+        activation.revise(state)
+        actions += admission.admit(state, now)
+        actions += activation.claim(state, now)
+        actions += retire(state, now)
+        actions += activation.advance(state, now)
+        return actions
+
+    def _learn(self, event: Event, now: float) -> list[Action]:
+        match event:
+            case Arrived():
+                return admission.arrive(self.state, event, now)
+            case Cancelled(request):
+                admission.drop(self.state, request)
+            case Finished(request):
+                self._finish(request, now)
+            case Unreachable(request):
+                self._unreachable(request, now)
+            case Observed(unit):
+                return self._observe(event, now) if not self._pending(unit) else []
+            case Done():
+                return self._done(event, now)
+            case Release():
+                return self._release(event)
+            case Reset(model):
+                self._reset(model)
+            case Sampled(gpus):
+                self._sample(gpus)
+            case Reconfigured():
+                return self._reconfigure(event, now)
+            case Tick():
+                pass
+        return []
+
+    def _pending(self, unit: UnitName) -> bool:
+        instance = self.state.instances.get(unit)
+        return instance is not None and instance.pending is not None
+
+    def _release(self, event: Release) -> list[Action]:
+        """Note what an operator wants; whoever waits for a model whose loading is stopped is told so."""
+        instance = self.state.instances.get(event.unit)
+        if instance is None or instance.phase is Phase.FAILED or (event.level and instance.phase is Phase.SLEEPING):
+            return []
+        instance.release = event
+        if event.level or not instance.activating or instance.model is None:
+            return []
+        message = f"{instance.model.name} was stopped by an operator while it was loading"
+        return admission.refuse_all(self.state, instance.model.name, Refusal.STOPPED, message, retry_after_s=None)
+
+    def _finish(self, request: int, now: float) -> None:
+        unit = self.state.admitted.pop(request, None)
+        instance = self.state.instances.get(unit) if unit else None
+        if instance is not None:
+            instance.in_flight.discard(request)
+            instance.last_activity = now
+
+    def _unreachable(self, request: int, now: float) -> None:
+        """Requests never bypass the queue: the request waits again, and its silent instance is stopped first."""
+        unit = self.state.admitted.get(request)
+        self._finish(request, now)
+        model = self.state.model_of(unit) if unit else None
+        if unit is None or model is None:
+            return
+        admission.requeue(self.state, request, model.name, now)
+        instance = self.state.instances.get(unit)
+        if instance is not None and instance.phase is Phase.READY and instance.pending is None:
+            instance.release = Release(unit)
+
+    def _observe(self, seen: Observed, now: float) -> list[Action]:
+        """Take over the state of a unit; answer the waiters of one that has failed."""
+        instance = self.state.instances.get(seen.unit)
+        if seen.phase is Phase.STOPPED:
+            self.state.instances.pop(seen.unit, None)
+            return []
+        if instance is None:
+            instance = Instance(seen.unit, self.state.model_of(seen.unit), seen.phase, now)
+            instance.ready_since = now
+            self.state.instances[seen.unit] = instance
+        was = instance.phase
+        instance.observe(seen, now)
+        if seen.phase is Phase.READY and was is not Phase.READY:
+            instance.ready_since = now
+        if seen.phase is Phase.FAILED:
+            instance.release = None
+        self._check_definition(instance, now)
+        return self._fail(instance, now) if seen.phase is Phase.FAILED and was is not Phase.FAILED else []
+
+    def _done(self, event: Done, now: float) -> list[Action]:
+        action, seen = event.action, event.observed
+        instance = self.state.instances.get(seen.unit)
+        if instance is None or instance.pending != action:
+            return []  # overtaken by a stop: that one's Done counts
+        instance.pending = None
+        actions = self._observe(seen, now)
+        if isinstance(action, Start) and seen.phase is Phase.STOPPED:
+            instance.reason = seen.reason or "its unit did not start"
+            actions += self._fail(instance, now)
+        if event.ok:
+            instance.release = None
+            self._learn_cost(instance, event)
+        elif isinstance(action, Sleep | Wake) and seen.phase in (Phase.READY, Phase.SLEEPING):
+            # Half asleep: nothing but a restart makes it trustworthy again (engines.md, rule 3).
+            instance.release = Release(instance.unit, force=True)
+        else:
+            instance.retry_at = now + _RETRY_S
+        return actions
+
+    def _learn_cost(self, instance: Instance, event: Done) -> None:
+        if instance.model is None:
+            return
+        traffic = self.state.traffic_of(instance.model.name)
+        match event.action:
+            case Start():
+                traffic.start_s = event.elapsed_s
+                self.state.failures.pop(instance.model.name, None)
+            case Wake():
+                traffic.wake_s = event.elapsed_s
+            case Sleep(level=level):
+                instance.held_bytes = event.held_bytes
+                if event.held_bytes is not None:
+                    traffic.held_bytes[level] = event.held_bytes
+
+    def _fail(self, instance: Instance, now: float) -> list[Action]:
+        """Count a failure against its model and tell everybody who waits for it why."""
+        model = self.state.model_of(instance.unit)
+        if model is None:
+            return []
+        before = self.state.failures.get(model.name)
+        count = before.count + 1 if before else 1
+        final = count >= _MAX_FAILURES
+        retry_at = now + _BACK_OFF_S * 2 ** (count - 1)
+        reason = f"{model.name}: {instance.reason or 'the unit failed'}"
+        self.state.failures[model.name] = Failures(count, retry_at, reason, instance.tail, final)
+        self.state.preload.discard(model.name)
+        retry_s = None if final else retry_at - now
+        return admission.refuse_all(
+            self.state, model.name, Refusal.START_FAILED, reason, retry_after_s=retry_s, tail=instance.tail
+        )
+
+    def _reset(self, name: str) -> None:
+        self.state.failures.pop(name, None)
+        model = self.state.config.models.get(name)
+        for instance in self.state.instances_of(model) if model else []:
+            if instance.phase is Phase.FAILED and instance.pending is None:
+                del self.state.instances[instance.unit]
+
+    def _sample(self, gpus: tuple[GpuSample, ...]) -> None:
+        """Take over what was measured. Foreign use is what our instances do not account for.
+
+        While the memory of a GPU is being changed the books are ahead of (or behind) the device, so the last value stays.
+        """
+        held = plus(instance.holds() for instance in self.state.instances.values())
+        self.state.gpus = {gpu.index: gpu for gpu in gpus}
+        changing = {gpu for i in self.state.instances.values() if i.changing for gpu in i.unit.placement.gpus}
+        for gpu in gpus:
+            if gpu.used_bytes is not None and gpu.index not in changing:
+                self.state.foreign[gpu.index] = max(0.0, gpu.used_bytes - held.get(gpu.index, 0))
+
+    def _reconfigure(self, event: Reconfigured, now: float) -> list[Action]:
+        state, before = self.state, self.state.config
+        state.config, state.definitions, state.host_ram_bytes = event.config, event.definitions, event.ram_bytes
+        actions: list[Action] = []
+        for name in [name for name in state.queues if name not in event.config.models]:
+            message = f"the model {name!r} has been removed from the configuration"
+            actions += admission.refuse_all(state, name, Refusal.REMOVED, message, retry_after_s=None)
+        for name in set(state.failures) | set(state.claims):
+            if before.models.get(name) != event.config.models.get(name):
+                state.failures.pop(name, None)
+                state.claims.pop(name, None)
+        new = [model for name, model in event.config.models.items() if before.models.get(name) != model]
+        state.preload = {name for name in state.preload if name in event.config.models}
+        state.preload |= {model.name for model in new if model.preload}
+        for instance in state.instances.values():
+            self._check_definition(instance, now)
+        return actions
+
+    def _check_definition(self, instance: Instance, now: float) -> None:
+        """Mark an instance whose definition is no longer the configured one; it is replaced when it is next idle."""
+        model = self.state.model_of(instance.unit)
+        current = self.state.definitions.get(model.name, "") if model else None
+        same = model is not None and (not current or not instance.definition or instance.definition == current)
+        if same:
+            instance.model, instance.stale_since, instance.retiring = model, None, False
+        elif instance.stale_since is None:
+            instance.stale_since = now

@@ -1,0 +1,147 @@
+"""Everything the scheduler remembers, and the questions that its parts ask of it."""
+
+import math
+from collections import deque
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from itertools import combinations
+
+from mmd.config import Config, Idle, Model
+from mmd.names import CPU, Placement, UnitName
+from mmd.policy.events import GpuSample, Phase
+from mmd.policy.instance import Claim, Failures, Instance, Waiter
+from mmd.policy.ledger import RAM, Key, minus, plus
+
+__all__ = ["State", "Traffic"]
+
+
+@dataclass(slots=True)
+class Traffic:
+    """How a model is used and what bringing it back costs: the inputs of the loss in `min_loss`."""
+
+    requests: int = 0
+    rate: float = 0.0
+    """Requests per second, decayed over `_RATE_WINDOW_S`."""
+    rate_at: float = 0.0
+    start_s: float = 60.0
+    """Learned from the last start; the prior is a medium model's cold start."""
+    wake_s: float = 3.0
+    held_bytes: dict[int, int] = field(default_factory=dict)
+    """Measured GPU memory per sleep level."""
+
+    def decayed(self, now: float) -> float:
+        return self.rate * math.exp2((self.rate_at - now) / _RATE_WINDOW_S)
+
+    def count(self, now: float) -> None:
+        self.rate = self.decayed(now) + 1 / _RATE_WINDOW_S
+        self.rate_at = now
+        self.requests += 1
+
+
+# Half-life of the request rate: long against a swap (seconds), short against a working day.
+_RATE_WINDOW_S = 300.0
+
+
+@dataclass(slots=True)
+class State:
+    config: Config = field(default_factory=Config)
+    definitions: Mapping[str, str] = field(default_factory=dict)
+    host_ram_bytes: int = 0
+    gpus: dict[int, GpuSample] = field(default_factory=dict)
+    foreign: dict[int, float] = field(default_factory=dict)
+    """Per GPU, bytes used by others than our instances."""
+    instances: dict[UnitName, Instance] = field(default_factory=dict)
+    waiting: dict[int, Waiter] = field(default_factory=dict)
+    queues: dict[str, deque[Waiter]] = field(default_factory=dict)
+    """Per model name, oldest first; never an empty one."""
+    admitted: dict[int, UnitName] = field(default_factory=dict)
+    claims: dict[str, Claim] = field(default_factory=dict)
+    failures: dict[str, Failures] = field(default_factory=dict)
+    traffic: dict[str, Traffic] = field(default_factory=dict)
+    preload: set[str] = field(default_factory=set)
+
+    def model_of(self, unit: UnitName) -> Model | None:
+        """The configured model that a unit belongs to, by its id."""
+        return next((m for m in self.config.models.values() if m.id == unit.id), None)
+
+    def instances_of(self, model: Model) -> list[Instance]:
+        return [i for i in self.instances.values() if i.unit.id == model.id]
+
+    def traffic_of(self, model: str) -> Traffic:
+        return self.traffic.setdefault(model, Traffic())
+
+    def waiters_of(self, unit: UnitName) -> int:
+        model = self.model_of(unit)
+        return len(self.queues.get(model.name, ())) if model else 0
+
+    def locked(self, placement: Placement) -> bool:
+        """Whether the memory of one of these GPUs is being changed by somebody."""
+        gpus = set(placement.gpus)
+        return any(i.changing and gpus.intersection(i.unit.placement.gpus) for i in self.instances.values())
+
+    def empty(self) -> dict[Key, float]:
+        """What our instances could hold if nobody else used anything: per GPU total - reserve, and the named resources."""
+        reserve = self.config.gpus.reserve_bytes
+        gpus: dict[Key, float] = {gpu.index: max(0, gpu.total_bytes - reserve) for gpu in self.gpus.values()}
+        ram = self.config.resources.ram_bytes
+        named: dict[Key, float] = dict(self.config.resources.amounts.items())
+        return {**gpus, RAM: self.host_ram_bytes if ram is None else ram, **named}
+
+    def quiet(self) -> bool:
+        """Whether nobody waits for anything that the end of a request could bring about."""
+        if self.queues or self.claims or self.preload:
+            return False
+        return all(i.release is None and i.stale_since is None for i in self.instances.values())
+
+    def pinned(self, model: Model) -> dict[Key, float]:
+        """What pinned residents hold and will not give up by themselves either, `model`'s own apart."""
+        others = [i for i in self.resident() if i.model is not None and i.model.pin and i.unit.id != model.id]
+        return plus(i.holds() for i in others if i.model and i.model.idle == Idle())
+
+    def budget(self) -> dict[Key, float]:
+        """What our instances may hold in all: `empty` less what others use."""
+        return minus(self.empty(), {key: self.foreign.get(key, 0) for key in self.gpus})
+
+    def free_now(self) -> dict[Key, float]:
+        """Budget less what every instance holds at this moment: what a start may use at once."""
+        return minus(self.budget(), plus(i.holds() for i in self.instances.values()))
+
+    def free_later(self) -> dict[Key, float]:
+        """Budget less promises and less what will be held once everything on its way out has left: what may be promised."""
+        held = plus(self._held_later(i) for i in self.instances.values())
+        return minus(self.budget(), plus((held, *(claim.need for claim in self.claims.values()))))
+
+    def leaving(self) -> dict[UnitName, int]:
+        """Instances on their way out, with the level they go down to: victims, released ones, pending actions."""
+        found = {unit: level for claim in self.claims.values() for unit, level in claim.victims.items()}
+        for unit, instance in self.instances.items():
+            level = instance.release.level if instance.release else instance.leaving_to()
+            if level is not None:
+                found[unit] = level
+        return found
+
+    def _held_later(self, instance: Instance) -> dict[Key, float]:
+        level = self.leaving().get(instance.unit)
+        if level is None:
+            return instance.holds()
+        return instance.holds_after(level, held_bytes=self.held_asleep(instance, level))
+
+    def held_asleep(self, instance: Instance, level: int) -> int | None:
+        """What the last sleep of this model at `level` left on each GPU, if it was measured."""
+        if instance.model is None:
+            return None
+        return self.traffic_of(instance.model.name).held_bytes.get(level)
+
+    def placements(self, model: Model) -> list[Placement]:
+        """Where a model may go: its explicit GPUs, or every choice of its count."""
+        if model.gpu_count == 0:
+            return [CPU]
+        if isinstance(model.gpus, int):
+            return [Placement(chosen) for chosen in combinations(sorted(self.gpus), model.gpus)]
+        by_uuid = {gpu.uuid: gpu.index for gpu in self.gpus.values()}
+        indexes = [gpu if isinstance(gpu, int) else by_uuid.get(gpu, -1) for gpu in model.gpus]
+        return [Placement(tuple(sorted(indexes)))] if set(indexes) <= set(self.gpus) else []
+
+    def resident(self) -> Iterable[Instance]:
+        """Instances that hold memory and are in nobody's hands: awake or asleep, nothing pending."""
+        return (i for i in self.instances.values() if i.phase in (Phase.READY, Phase.SLEEPING) and i.pending is None)
