@@ -100,6 +100,9 @@ class ModelStatus:
     tail: tuple[str, ...] = ()
     """The engine's last log lines before a failure."""
 
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
 
 @dataclass(frozen=True, slots=True)
 class Status:

@@ -1,0 +1,120 @@
+"""Errors as OpenAI's API shapes them: `{"error": {"message", "type", "param", "code"}}`, with Retry-After where it helps.
+
+Source: platform.openai.com/docs/guides/error-codes. OpenAI's clients retry 408, 409, 429 and 5xx by themselves unless the
+response says `x-should-retry: false`, which every failure that only a person can mend therefore does.
+"""
+
+import json
+import logging
+import math
+from collections.abc import Awaitable, Callable, Mapping
+from difflib import get_close_matches
+
+from aiohttp import web
+
+from mmd.config import Config
+from mmd.errors import MmdError
+from mmd.policy.actions import Refusal, Refuse
+
+__all__ = ["ApiError", "Handler", "error_middleware", "no_such_model", "refused"]
+
+Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
+
+_log = logging.getLogger(__name__)
+
+_STATUS: Mapping[Refusal, int] = {
+    Refusal.UNKNOWN_MODEL: 404,
+    Refusal.REMOVED: 404,
+    Refusal.ASLEEP: 409,
+    Refusal.QUEUE_FULL: 503,
+    Refusal.NEVER_FITS: 503,
+    Refusal.START_FAILED: 503,
+    Refusal.BACKING_OFF: 503,
+    Refusal.STOPPED: 503,
+    Refusal.WAITED_TOO_LONG: 504,
+}
+
+
+class ApiError(MmdError):
+    """A failure with an HTTP status. `retry_after_s` None means that trying again is of no use."""
+
+    def __init__(
+        self,
+        status: int,
+        message: str,
+        *,
+        code: str,
+        param: str | None = None,
+        retry_after_s: float | None = None,
+        tail: tuple[str, ...] = (),
+    ) -> None:
+        super().__init__(message)
+        self.status = status
+        self.code = code
+        self.param = param
+        self.retry_after_s = retry_after_s
+        self.tail = tail
+
+    def body(self) -> dict[str, object]:
+        """The JSON body; the engine's last log lines, if there are any, end the message."""
+        kind = "invalid_request_error" if self.status < 500 else "server_error"
+        message = "\n".join((self.message, *self.tail))
+        return {"error": {"message": message, "type": kind, "param": self.param, "code": self.code}}
+
+    def headers(self) -> dict[str, str]:
+        if self.retry_after_s is not None:
+            return {"Retry-After": str(max(1, math.ceil(self.retry_after_s)))}
+        return {"x-should-retry": "false"} if self.status >= 500 or self.status == 409 else {}
+
+    def response(self) -> web.Response:
+        return web.json_response(self.body(), status=self.status, headers=self.headers())
+
+    def event(self) -> bytes:
+        """The same as the end of a server-sent event stream whose 200 has gone out already."""
+        return b"data: " + json.dumps(self.body()).encode() + b"\n\ndata: [DONE]\n\n"
+
+
+def refused(refusal: Refuse) -> ApiError:
+    """The answer to a request that the scheduler turned away."""
+    return ApiError(
+        _STATUS[refusal.why],
+        refusal.message,
+        code=refusal.why.value,
+        param="model" if _STATUS[refusal.why] == 404 else None,
+        retry_after_s=refusal.retry_after_s,
+        tail=refusal.tail,
+    )
+
+
+def no_such_model(name: str, config: Config) -> ApiError:
+    """404, with the nearest name that does exist."""
+    names = [*config.models, *(alias for model in config.models.values() for alias in model.aliases)]
+    near = get_close_matches(name, names, n=1, cutoff=0.5)
+    hint = f"; did you mean {near[0]!r}?" if near else "; GET /v1/models lists those that do"
+    return ApiError(404, f"the model {name!r} does not exist{hint}", code="model_not_found", param="model")
+
+
+@web.middleware
+async def error_middleware(request: web.Request, handler: Handler) -> web.StreamResponse:
+    """Turn every failure of a handler into OpenAI's shape; an unexpected one is logged and says no more than that."""
+    try:
+        return await handler(request)
+    except ApiError as error:
+        return error.response()
+    except web.HTTPException as error:
+        if error.status < 400:
+            raise
+        return _plain(request, error).response()
+    except (ConnectionError, TimeoutError):
+        raise
+    except Exception:
+        _log.exception("%s %s failed", request.method, request.path)
+        return ApiError(500, "internal error; see journalctl -u mmd-gateway", code="internal_error").response()
+
+
+def _plain(request: web.Request, error: web.HTTPException) -> ApiError:
+    if error.status == 404:
+        return ApiError(404, f"there is no {request.method} {request.path}", code="not_found")
+    if error.status == 405:
+        return ApiError(405, f"{request.path} does not take {request.method}", code="method_not_allowed")
+    return ApiError(error.status, error.text or error.reason, code="bad_request")

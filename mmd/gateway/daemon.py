@@ -1,0 +1,183 @@
+"""The gateway's parts put together: start, reload, stop."""
+
+import asyncio
+import logging
+import os
+import sys
+import time
+from collections.abc import Iterable
+from pathlib import Path
+
+from aiohttp import web
+
+from mmd.config import AdminAuth, Config, EngineKind
+from mmd.errors import MmdError
+from mmd.gateway.admin import AdminApi
+from mmd.gateway.api_error import ApiError
+from mmd.gateway.dispatcher import Dispatcher
+from mmd.gateway.lifecycle import Lifecycle
+from mmd.gateway.memory import Memory
+from mmd.gateway.openai import OpenAiApi
+from mmd.gateway.server import Server
+from mmd.gateway.snapshot import Snapshot
+from mmd.gpu import open_provider
+from mmd.load import Loaded, load
+from mmd.policy.events import Sampled
+from mmd.scope import Scope, ScopeKind
+from mmd.systemd.activation import ListenSocket
+from mmd.systemd.client import Systemd
+from mmd.systemd.unit import Connected, Disconnected, Event, UnitChanged
+from mmd.units import definition
+
+__all__ = ["Daemon"]
+
+_log = logging.getLogger(__name__)
+
+# Belt and braces: signals are not lost while the bus is connected, but nothing here depends on that.
+_RESYNC_S = 60.0
+
+
+class Daemon:
+    """One gateway. `runtime_dir` outlives it (RuntimeDirectoryPreserve=yes)."""
+
+    def __init__(self, scope: Scope, runtime_dir: Path, sockets: Iterable[ListenSocket]) -> None:
+        self._scope = scope
+        self._runtime_dir = runtime_dir
+        self._sockets = tuple(sockets)
+        self._servers: list[Server] = []
+        self._background: list[asyncio.Task[None]] = []
+
+    async def start(self) -> None:
+        """Read the configuration, adopt what runs, then accept requests."""
+        loaded = load(self._scope)
+        self._systemd = await Systemd.connect(user=self._scope.kind is ScopeKind.USER, on_event=self._on_systemd)
+        self._memory = Memory(await open_provider(loaded.config.gpus, self._scope.sim_dir), self._on_sample)
+        lifecycle = Lifecycle(
+            self._scope,
+            self._systemd,
+            self._memory,
+            self._runtime_dir / "sleepers.json",
+            lambda unit: self.dispatcher.scheduler.state.model_of(unit),
+        )
+        self.dispatcher = Dispatcher(lifecycle, self._systemd)
+        self.snapshot = Snapshot(self.dispatcher, self._memory, scope=self._scope.kind)
+        self._use(loaded)
+        await self.dispatcher.adopt()
+        await self._memory.sample()
+        await self._serve()
+        self._background = [asyncio.create_task(work) for work in (self._memory.watch(), self._watch_systemd())]
+
+    async def _serve(self) -> None:
+        inference = OpenAiApi(self.dispatcher)
+        admin = AdminApi(self.dispatcher, self.snapshot, self.reload)
+        over_tcp = [_read_only(route, self.dispatcher) for route in admin.routes()]
+        routes = {
+            "mmd-api": inference.routes(),
+            "mmd-admin": [*inference.routes(), *admin.routes()],
+            "mmd-admin-tcp": [*inference.routes(), *over_tcp],
+        }
+        for name, found in routes.items():
+            sockets = [listening.socket for listening in self._sockets if listening.name == name]
+            if sockets:
+                self._servers.append(Server(found, sockets))
+        for server in self._servers:
+            await server.start()
+
+    def _use(self, loaded: Loaded) -> None:
+        for problem in loaded.problems:
+            _log.error("%s", problem)
+        self.snapshot.problems = tuple(map(str, loaded.problems))
+        self.dispatcher.reconfigure(loaded.config, _definitions(loaded.config, self._scope), _host_ram_bytes())
+
+    async def reload(self) -> dict[str, list[str]]:
+        """Read the configuration again; a broken one changes nothing. What changed, by model name, and what is wrong."""
+        before, loaded = self.dispatcher.config, load(self._scope)
+        if loaded.problems:
+            for problem in loaded.problems:
+                _log.error("%s; the configuration in use stays", problem)
+            self.snapshot.problems = tuple(f"{problem} (the configuration in use stays)" for problem in loaded.problems)
+            return {"changed": [], "added": [], "removed": [], "problems": list(map(str, loaded.problems))}
+        if loaded.config.gpus != before.gpus:
+            await self._memory.replace(await open_provider(loaded.config.gpus, self._scope.sim_dir))
+        self._use(loaded)
+        await self.dispatcher.resynchronise()
+        self.snapshot.reloaded = time.time()
+        changes = _differences(before, loaded.config)
+        _log.info("configuration reloaded: %s", ", ".join(f"{len(names)} {kind}" for kind, names in changes.items()))
+        return {**changes, "problems": []}
+
+    def _on_sample(self, sample: Sampled) -> None:
+        self.dispatcher.post(sample)
+
+    def _on_systemd(self, event: Event) -> None:
+        match event:
+            case UnitChanged(state):
+                if hasattr(self, "dispatcher"):
+                    self.dispatcher.unit_changed(state)
+            case Disconnected(reason):
+                _log.warning("lost the connection to systemd: %s", reason)
+                self.snapshot.systemd = f"disconnected: {reason}"
+            case Connected():
+                if hasattr(self, "snapshot"):
+                    self.snapshot.systemd = "connected"
+                    self._background.append(asyncio.create_task(self._resynchronise()))
+
+    async def _resynchronise(self) -> None:
+        try:
+            await self.dispatcher.resynchronise()
+        except MmdError as error:
+            _log.warning("cannot read the model units: %s", error)
+
+    async def _watch_systemd(self) -> None:
+        while True:
+            await asyncio.sleep(_RESYNC_S)
+            self._background = [task for task in self._background if not task.done()]
+            await self._resynchronise()
+
+    async def stop(self) -> None:
+        """Accept nothing more, finish what was accepted, leave the models running."""
+        for server in self._servers:
+            await server.stop_accepting()
+        timeout_s = self.dispatcher.config.gateway.drain_timeout_s
+        await asyncio.gather(*(server.drain(timeout_s) for server in self._servers))
+        for task in self._background:
+            task.cancel()
+        await asyncio.gather(*self._background, return_exceptions=True)
+        await self.dispatcher.close()
+        await self.dispatcher.lifecycle.close()
+        await self._memory.close()
+        await self._systemd.close()
+
+
+def _differences(before: Config, after: Config) -> dict[str, list[str]]:
+    both = before.models.keys() & after.models.keys()
+    return {
+        "changed": sorted(name for name in both if before.models[name] != after.models[name]),
+        "added": sorted(after.models.keys() - before.models.keys()),
+        "removed": sorted(before.models.keys() - after.models.keys()),
+    }
+
+
+def _definitions(config: Config, scope: Scope) -> dict[str, str]:
+    """The fingerprint that every model would be started with now, as the generator computes it."""
+    bin_dir = str(Path(sys.executable).parent)
+    units = (model for model in config.models.values() if model.engine is not EngineKind.EXTERNAL)
+    return {model.name: definition(model, gpus=config.gpus, scope=scope, bin_dir=bin_dir) for model in units}
+
+
+def _host_ram_bytes() -> int:
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def _read_only(route: web.RouteDef, dispatcher: Dispatcher) -> web.RouteDef:
+    """Over TCP nobody is known yet: what changes anything is refused unless gateway.admin_auth is open."""
+    if route.method == "GET":
+        return route
+
+    async def guarded(request: web.Request) -> web.StreamResponse:
+        if dispatcher.config.gateway.admin_auth is not AdminAuth.OPEN:
+            raise ApiError(403, "over TCP the administration is read-only; use mmdctl on this machine", code="read_only")
+        response: web.StreamResponse = await route.handler(request)
+        return response
+
+    return web.RouteDef(route.method, route.path, guarded, route.kwargs)

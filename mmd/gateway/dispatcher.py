@@ -1,0 +1,211 @@
+"""Between the pure scheduler and the world: feeds it events, carries out its actions, keeps its clock.
+
+Everything runs on one event loop, so the scheduler is never entered twice. Actions run as tasks, one per unit at most (the
+scheduler sees to that); each ends in a `Done`. What systemd reports is read in order, unit by unit.
+"""
+
+import asyncio
+import logging
+from collections.abc import Coroutine, Mapping
+from itertools import count
+from typing import Any
+
+from mmd.config import Config, Model
+from mmd.errors import MmdError
+from mmd.gateway.api_error import refused
+from mmd.gateway.lifecycle import Lifecycle
+from mmd.names import UnitName
+from mmd.policy.actions import Action, Admit, Refuse, UnitAction
+from mmd.policy.events import Arrived, Cancelled, Done, Event, Finished, Observed, Phase, Reconfigured, Tick, Unreachable
+from mmd.policy.scheduler import Scheduler
+from mmd.systemd.client import Systemd
+from mmd.systemd.unit import UnitState
+
+__all__ = ["Dispatcher", "Ticket"]
+
+_log = logging.getLogger(__name__)
+
+
+class Ticket:
+    """One request's place with the scheduler: waiting, admitted to an instance, or over. Use it as a context manager.
+
+    Leaving the block gives the place back, in whatever state it is: a client that goes away while it waits costs nothing.
+    """
+
+    __slots__ = ("_admission", "_dispatcher", "model", "request")
+
+    def __init__(self, dispatcher: "Dispatcher", request: int, model: Model, admission: "asyncio.Future[UnitName]") -> None:
+        self._dispatcher = dispatcher
+        self._admission = admission
+        self.request = request
+        self.model = model
+
+    async def admitted(self, timeout_s: float | None = None) -> UnitName | None:
+        """The instance to forward to, None when `timeout_s` passed first; ApiError when the request is turned away."""
+        if not self._admission.done():
+            await asyncio.wait((self._admission,), timeout=timeout_s)
+        return self._admission.result() if self._admission.done() else None
+
+    def unreachable(self) -> None:
+        """Nobody listened at the instance: wait for another admission."""
+        self._admission = self._dispatcher.readmit(self.request)
+
+    def __enter__(self) -> "Ticket":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._dispatcher.give_back(self.request, self._admission)
+
+
+class Dispatcher:
+    def __init__(self, lifecycle: Lifecycle, systemd: Systemd) -> None:
+        self.scheduler = Scheduler()
+        self.lifecycle = lifecycle
+        self.outcomes: dict[UnitName, Done] = {}
+        """The last finished action on each unit."""
+        self._systemd = systemd
+        self._loop = asyncio.get_running_loop()
+        self._requests = count(1)
+        self._admissions: dict[int, asyncio.Future[UnitName]] = {}
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._timer: asyncio.TimerHandle | None = None
+        self._changed: asyncio.Future[None] = self._loop.create_future()
+        self._unread: dict[UnitName, UnitState] = {}
+        self._reading: set[UnitName] = set()
+
+    @property
+    def config(self) -> Config:
+        return self.scheduler.state.config
+
+    def post(self, event: Event) -> None:
+        """Tell the scheduler, and do what it says."""
+        now = self._loop.time()
+        for action in self.scheduler.handle(event, now):
+            self._perform(action)
+        self._arm(now)
+        if not isinstance(event, Arrived | Finished | Cancelled):
+            self._announce()
+
+    def request(self, model: Model, *, operator: bool = False) -> Ticket:
+        """Ask for an instance of `model`."""
+        request = next(self._requests)
+        admission: asyncio.Future[UnitName] = self._loop.create_future()
+        self._admissions[request] = admission
+        self.post(Arrived(request, model.name, operator))
+        return Ticket(self, request, model, admission)
+
+    def readmit(self, request: int) -> "asyncio.Future[UnitName]":
+        admission: asyncio.Future[UnitName] = self._loop.create_future()
+        self._admissions[request] = admission
+        self.post(Unreachable(request))
+        return admission
+
+    def give_back(self, request: int, admission: "asyncio.Future[UnitName]") -> None:
+        """End a request in whatever state it is; turned away ones have ended already."""
+        self._admissions.pop(request, None)
+        if not admission.done():
+            admission.cancel()
+            self.post(Cancelled(request))
+        elif not admission.cancelled() and admission.exception() is None:
+            self.post(Finished(request))
+
+    def _perform(self, action: Action) -> None:
+        match action:
+            case Admit(request, unit):
+                admission = self._admissions[request]
+                if not admission.done():
+                    admission.set_result(unit)
+            case Refuse(request):
+                admission = self._admissions[request]
+                if not admission.done():
+                    admission.set_exception(refused(action))
+                    admission.exception()  # the client may have left: nobody need look at it
+            case _:
+                _log.info("%s %s", type(action).__name__.lower(), action.unit)
+                self.spawn(self._act(action))
+
+    async def _act(self, action: UnitAction) -> None:
+        done = await self.lifecycle.perform(action)
+        self.outcomes[action.unit] = done
+        self.post(done)
+
+    def _arm(self, now: float) -> None:
+        """Come back when the passing of time alone changes something."""
+        if self._timer is not None:
+            self._timer.cancel()
+        at = self.scheduler.deadline(now)
+        self._timer = None if at is None else self._loop.call_at(at + 0.001, self.post, Tick())
+
+    def unit_changed(self, state: UnitState) -> None:
+        """systemd reported a change: read what it means and tell the scheduler. The latest state of a unit wins."""
+        unit = UnitName.parse(state.unit)
+        if unit is None:
+            return
+        self.lifecycle.units[unit] = state
+        self._announce()
+        self._unread[unit] = state
+        if unit not in self._reading:
+            self._reading.add(unit)
+            self.spawn(self._read(unit))
+
+    async def _read(self, unit: UnitName) -> None:
+        try:
+            while (state := self._unread.pop(unit, None)) is not None:
+                self.post(await self.lifecycle.observe(state))
+        finally:
+            self._reading.discard(unit)
+
+    async def resynchronise(self) -> None:
+        """Read every model unit from systemd, and forget those that it does not know: it is right, our memory may not be."""
+        states = await self._systemd.list_models()
+        for state in states:
+            self.unit_changed(state)
+        listed = {state.unit for state in states}
+        for unit, instance in list(self.scheduler.state.instances.items()):
+            if str(unit) not in listed and instance.pending is None:
+                self.post(Observed(unit, Phase.STOPPED))
+
+    async def adopt(self) -> None:
+        """At start-up: take over what runs, and return when all of it has been looked at."""
+        await self.resynchronise()
+        while self._reading:
+            await self.next_change(0.05)
+
+    def reconfigure(self, config: Config, definitions: Mapping[str, str], ram_bytes: int) -> None:
+        self.post(Reconfigured(config, definitions, ram_bytes))
+
+    async def reset_failed(self, unit: UnitName) -> None:
+        """Clear systemd's memory of a failed unit."""
+        await self._systemd.reset_failed(str(unit))
+
+    async def next_change(self, timeout_s: float) -> None:
+        """Wait until the state of some unit may have changed, or for `timeout_s`."""
+        await asyncio.wait((self._changed,), timeout=timeout_s)
+
+    def _announce(self) -> None:
+        if not self._changed.done():
+            self._changed.set_result(None)
+        self._changed = self._loop.create_future()
+
+    def spawn(self, work: Coroutine[Any, Any, None]) -> None:
+        """Run work that nobody waits for; it ends with the gateway."""
+        task = self._loop.create_task(self._guard(work))
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    async def _guard(self, work: Coroutine[Any, Any, None]) -> None:
+        """The boundary of a task: what nobody expected is logged, and the truth is read again."""
+        try:
+            await work
+        except MmdError as error:
+            _log.warning("%s", error)
+        except Exception:
+            _log.exception("an action failed unexpectedly")
+
+    async def close(self) -> None:
+        """Stop looking after units; they go on running, and the next gateway adopts them."""
+        if self._timer is not None:
+            self._timer.cancel()
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)

@@ -1,0 +1,213 @@
+"""The scheduler's actions carried out: start, stop, sleep and wake of model units, each verified afterwards."""
+
+import asyncio
+import logging
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from mmd.config import Model
+from mmd.engines import engine
+from mmd.engines.base import HttpCall
+from mmd.errors import MmdError
+from mmd.gateway.engine_client import EngineError, EnginePool
+from mmd.gateway.memory import Memory
+from mmd.gateway.sleepers import Sleepers
+from mmd.names import UnitName
+from mmd.policy.actions import Sleep, Start, Stop, UnitAction, Wake
+from mmd.policy.events import Done, Observed, Phase
+from mmd.report import Report
+from mmd.scope import Scope
+from mmd.systemd.client import Systemd
+from mmd.systemd.unit import ActiveState, UnitState
+
+__all__ = ["Lifecycle"]
+
+_log = logging.getLogger(__name__)
+
+_PHASES = {
+    ActiveState.ACTIVE: Phase.READY,
+    ActiveState.RELOADING: Phase.READY,
+    ActiveState.ACTIVATING: Phase.STARTING,
+    ActiveState.DEACTIVATING: Phase.STOPPING,
+    ActiveState.FAILED: Phase.FAILED,
+}
+
+
+@dataclass(frozen=True, slots=True)
+class _Known:
+    """An engine whose sleep state has been established for this run of its unit."""
+
+    invocation: str
+    level: int
+
+
+class Lifecycle:
+    """Drives model units. `model_of` tells the configured model of a unit, if there still is one."""
+
+    def __init__(
+        self, scope: Scope, systemd: Systemd, memory: Memory, state_file: Path, model_of: Callable[[UnitName], Model | None]
+    ) -> None:
+        self._scope = scope
+        self._systemd = systemd
+        self._memory = memory
+        self._sleepers = Sleepers(state_file)
+        self._model_of = model_of
+        self._known: dict[UnitName, _Known] = {}
+        self.engines = EnginePool()
+        self.units: dict[UnitName, UnitState] = {}
+        """The last state read of every unit."""
+
+    def endpoint(self, unit: UnitName) -> str | None:
+        """Where the engine of a ready unit listens, as its runner reported it."""
+        report = self._report(unit)
+        return report.endpoint if report is not None else None
+
+    async def perform(self, action: UnitAction) -> Done:
+        """Carry out one action. Failures are part of the answer; nothing but a cancellation is raised."""
+        begun = time.monotonic()
+        reason, held = "", None
+        try:
+            match action:
+                case Start(unit):
+                    reason = await self._start(unit)
+                case Stop(unit):
+                    reason = await self._stop(unit)
+                case Sleep(unit, level, expected):
+                    held = await self._sleep(unit, level, expected)
+                case Wake(unit, level):
+                    await self._wake(unit, level)
+        except MmdError as error:
+            reason = str(error)
+            _log.warning("%s of %s failed: %s", type(action).__name__.lower(), action.unit, error)
+        seen = await self._observe_again(action.unit, reason)
+        wanted = {Start: Phase.READY, Wake: Phase.READY, Sleep: Phase.SLEEPING, Stop: Phase.STOPPED}[type(action)]
+        ok = not reason and seen.phase is wanted
+        return Done(action, seen, ok, time.monotonic() - begun, held)
+
+    async def _observe_again(self, unit: UnitName, reason: str) -> Observed:
+        """Read the unit after an action; while systemd is out of reach, keep trying: nothing may be decided on a guess."""
+        while True:
+            try:
+                seen = await self.observe(await self._systemd.read(str(unit)))
+                return seen if seen.reason or not reason else replace(seen, reason=reason)
+            except MmdError as error:
+                _log.warning("cannot read %s: %s", unit, error)
+                await asyncio.sleep(1)
+
+    async def observe(self, state: UnitState) -> Observed:
+        """What a unit is doing, from systemd's state, the runner's report and, where in doubt, the engine itself."""
+        unit = UnitName.parse(state.unit)
+        assert unit is not None, state.unit
+        self.units[unit] = state
+        phase = _PHASES.get(state.active_state, Phase.STOPPED)
+        report = self._report(unit)
+        definition = report.definition if report else ""
+        if phase is Phase.FAILED:
+            return self._failed(unit, state, report)
+        if phase is not Phase.READY:
+            self._known.pop(unit, None)
+            return Observed(unit, phase, definition=definition)
+        level = await self._level(unit, state, report)
+        return Observed(unit, Phase.SLEEPING if level else Phase.READY, level, definition)
+
+    def _report(self, unit: UnitName) -> Report | None:
+        report = Report.read(self._scope.unit_dir(unit))
+        state = self.units.get(unit)
+        current = report is not None and state is not None and report.invocation == state.invocation_id
+        return report if current else None
+
+    def _failed(self, unit: UnitName, state: UnitState, report: Report | None) -> Observed:
+        self._known.pop(unit, None)
+        if report is not None and report.failure is not None:
+            return Observed(unit, Phase.FAILED, definition=report.definition, reason=report.message, tail=report.tail)
+        words = {
+            "signal": f"its runner was killed by signal {state.exit_status}",
+            "watchdog": "it stopped answering its watchdog",
+            "timeout": "it did not become ready in time",
+            "oom-kill": "the kernel killed it for want of host memory",
+            "start-limit-hit": "it has been restarted too often",
+        }
+        return Observed(unit, Phase.FAILED, reason=words.get(state.result, f"its unit failed ({state.result})"))
+
+    async def _level(self, unit: UnitName, state: UnitState, report: Report | None) -> int:
+        """The sleep level of a running engine, 0 when it is awake; the engine is asked once per run of its unit."""
+        known = self._known.get(unit)
+        if known is not None and known.invocation == state.invocation_id:
+            return known.level
+        model = self._model_of(unit)
+        call = engine(model.engine).sleeping if model is not None else None
+        level = 0
+        if call is not None and report is not None and await self._is_sleeping(report.endpoint, call):
+            level = self._sleepers.level(unit, state.invocation_id)
+        self._known[unit] = _Known(state.invocation_id, level)
+        return level
+
+    async def _is_sleeping(self, endpoint: str, call: HttpCall) -> bool:
+        try:
+            return bool((await self.engines.client(endpoint).call(call)).get("is_sleeping"))
+        except EngineError as error:
+            # An engine that does not answer is its watchdog's to end; until then it must not be taken for asleep.
+            _log.warning("cannot tell whether %s sleeps: %s", endpoint, error)
+            return False
+
+    def _know(self, unit: UnitName, level: int) -> None:
+        state = self.units.get(unit)
+        if state is not None:
+            self._known[unit] = _Known(state.invocation_id, level)
+            self._sleepers.note(unit, state.invocation_id, level)
+
+    async def _start(self, unit: UnitName) -> str:
+        """Start a unit; why it did not become ready, or "". A failed unit is reset first, or its start limit refuses."""
+        state = await self._systemd.read(str(unit))
+        if state.active_state is ActiveState.FAILED:
+            await self._systemd.reset_failed(str(unit))
+        result = await self._systemd.start(str(unit))
+        return "" if result == "done" else f"its start job ended as {result}"
+
+    async def _stop(self, unit: UnitName) -> str:
+        """Stop a unit and wait for its memory to come back. One that had to be killed ends as failed: that is cleared."""
+        endpoint = self.endpoint(unit)
+        before = self._memory.used(unit.placement)
+        result = await self._systemd.stop(str(unit))
+        state = await self._systemd.read(str(unit))
+        if state.active_state is ActiveState.FAILED:
+            await self._systemd.reset_failed(str(unit))
+        self._know(unit, 0)
+        self._known.pop(unit, None)
+        if endpoint is not None:
+            await self.engines.forget(endpoint)
+        await self._memory.settle(unit.placement, before)
+        return "" if result == "done" else f"its stop job ended as {result}"
+
+    async def _sleep(self, unit: UnitName, level: int, expected_bytes: int) -> int | None:
+        """Put an idle engine to sleep and verify that its memory came back: a 200 alone proves nothing (engines.md, rule 5).
+
+        Returns what it still holds per GPU, None when nothing can measure it. EngineError when the call failed, or when less
+        than half of what should have come free did: the caller stops it instead.
+        """
+        model, endpoint = self._model_of(unit), self.endpoint(unit)
+        if model is None or endpoint is None:
+            raise EngineError(f"{unit} has no engine to put to sleep")
+        awake, before = self._memory.awake_bytes(model), await self._memory.measure(unit.placement)
+        self._know(unit, level)  # before the call: if we die during it, the unit may be asleep at this level
+        for call in engine(model.engine).sleep(level):
+            await self.engines.client(endpoint).call(call)
+        if before is None:
+            return None
+        freed = await self._memory.wait_freed(unit.placement, before, awake - expected_bytes)
+        if freed < (awake - expected_bytes) / 2:
+            raise EngineError(f"{unit} says that it sleeps, but freed {freed >> 20} MiB of {awake >> 20} MiB")
+        return max(0, awake - freed)
+
+    async def _wake(self, unit: UnitName, level: int) -> None:
+        model, endpoint = self._model_of(unit), self.endpoint(unit)
+        if model is None or endpoint is None:
+            raise EngineError(f"{unit} has no engine to wake")
+        for call in engine(model.engine).wake(level):
+            await self.engines.client(endpoint).call(call)
+        self._know(unit, 0)
+
+    async def close(self) -> None:
+        await self.engines.close()

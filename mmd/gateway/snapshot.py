@@ -1,0 +1,184 @@
+"""The gateway's state as people and programs see it: scheduler, systemd and measurements put together as `mmd.status`."""
+
+import os
+import time
+from collections.abc import Mapping
+
+from mmd import __version__
+from mmd.config import EngineKind, Model
+from mmd.gateway.dispatcher import Dispatcher
+from mmd.gateway.memory import Memory
+from mmd.names import UnitName
+from mmd.policy.actions import Sleep, Start, Stop, Wake
+from mmd.policy.events import Phase
+from mmd.policy.instance import Instance
+from mmd.policy.state import State
+from mmd.sizes import vram_bytes
+from mmd.status import GatewayStatus, GpuStatus, InstanceStatus, ModelState, ModelStatus, Status
+
+__all__ = ["Snapshot", "held_bytes", "instance_state", "model_state"]
+
+_STATES: Mapping[Phase, ModelState] = {
+    Phase.STARTING: ModelState.STARTING,
+    Phase.READY: ModelState.READY,
+    Phase.SLEEPING: ModelState.SLEEPING,
+    Phase.STOPPING: ModelState.STOPPING,
+    Phase.FAILED: ModelState.FAILED,
+    Phase.STOPPED: ModelState.STOPPED,
+}
+
+# Of several instances the one that serves best speaks for the model.
+_BEST_FIRST = (
+    ModelState.READY,
+    ModelState.DRAINING,
+    ModelState.WAKING,
+    ModelState.STARTING,
+    ModelState.SLEEPING,
+    ModelState.STOPPING,
+    ModelState.FAILED,
+)
+
+
+def instance_state(instance: Instance) -> ModelState:
+    match instance.pending:
+        case Start():
+            return ModelState.STARTING
+        case Wake():
+            return ModelState.WAKING
+        case Sleep():
+            return ModelState.DRAINING
+        case Stop():
+            return ModelState.STOPPING
+    if instance.phase is Phase.READY and not instance.gate_open:
+        return ModelState.DRAINING
+    return _STATES[instance.phase]
+
+
+def model_state(state: State, model: Model) -> ModelState:
+    if model.engine is EngineKind.EXTERNAL:
+        return ModelState.EXTERNAL
+    states = {instance_state(instance) for instance in state.instances_of(model)}
+    best = next((candidate for candidate in _BEST_FIRST if candidate in states), ModelState.STOPPED)
+    failures = state.failures.get(model.name)
+    return ModelState.FAILED if best is ModelState.STOPPED and failures and failures.final else best
+
+
+class Snapshot:
+    """Takes pictures. Times in the scheduler are monotonic; they leave here as Unix seconds."""
+
+    def __init__(self, dispatcher: Dispatcher, memory: Memory, *, scope: str) -> None:
+        self._dispatcher = dispatcher
+        self._memory = memory
+        self._scope = scope
+        self._pid = os.getpid()
+        self._since = time.time()
+        self.reloaded: float | None = None
+        self.problems: tuple[str, ...] = ()
+        self.systemd = "connected"
+
+    def status(self) -> Status:
+        state = self._dispatcher.scheduler.state
+        names = {model.id for model in state.config.models.values()}
+        orphans = [instance for unit, instance in sorted(state.instances.items()) if unit.id not in names]
+        models = [self.model(model) for model in state.config.models.values()]
+        return Status(self._gateway(state), self._gpus(state), (*models, *(self._orphan(o) for o in orphans)))
+
+    def _gateway(self, state: State) -> GatewayStatus:
+        problems = self.problems
+        if self._memory.problem:
+            problems = (*problems, f"GPU memory cannot be measured: {self._memory.problem}")
+        return GatewayStatus(
+            version=__version__,
+            pid=self._pid,
+            since=self._since,
+            listen=state.config.gateway.listen,
+            scope=self._scope,
+            in_flight=len(state.admitted),
+            waiting=len(state.waiting),
+            systemd=self.systemd,
+            reloaded=self.reloaded,
+            problems=problems,
+        )
+
+    def _gpus(self, state: State) -> tuple[GpuStatus, ...]:
+        budget, free = state.budget(), state.free_now()
+        return tuple(
+            GpuStatus(
+                index=gpu.index,
+                name=gpu.name,
+                uuid=gpu.uuid,
+                total_bytes=gpu.total_bytes,
+                budget_bytes=int(budget.get(gpu.index, 0)),
+                reserved_bytes=int(budget.get(gpu.index, 0) - free.get(gpu.index, 0)),
+                used_bytes=gpu.used_bytes,
+            )
+            for gpu in self._memory.gpus
+        )
+
+    def model(self, model: Model) -> ModelStatus:
+        state = self._dispatcher.scheduler.state
+        instances = state.instances_of(model)
+        traffic = state.traffic.get(model.name)
+        failures = state.failures.get(model.name)
+        last = max((i.last_activity for i in instances), default=0.0)
+        return ModelStatus(
+            name=model.name,
+            id=model.id,
+            engine=model.engine,
+            state=model_state(state, model),
+            aliases=model.aliases,
+            description=model.description,
+            instances=tuple(self._instance(instance) for instance in sorted(instances, key=lambda i: i.unit)),
+            vram_bytes=vram_bytes(model),
+            gpus=model.gpu_count,
+            in_flight=sum(len(i.in_flight) for i in instances),
+            waiting=len(state.queues.get(model.name, ())),
+            requests=traffic.requests if traffic else 0,
+            pinned=model.pin,
+            last_activity=_unix(last) if last else None,
+            reason=failures.reason if failures else "",
+            tail=failures.tail if failures else (),
+        )
+
+    def _orphan(self, instance: Instance) -> ModelStatus:
+        """A unit that runs although no configured model has its id; it is stopped as soon as it is idle."""
+        return ModelStatus(
+            name=instance.model.name if instance.model else instance.unit.id,
+            id=instance.unit.id,
+            engine=instance.model.engine if instance.model else "",
+            state=instance_state(instance),
+            description="no longer configured",
+            instances=(self._instance(instance),),
+            in_flight=len(instance.in_flight),
+        )
+
+    def _instance(self, instance: Instance) -> InstanceStatus:
+        unit = instance.unit
+        seen = self._dispatcher.lifecycle.units.get(unit)
+        return InstanceStatus(
+            unit=str(unit),
+            placement=str(unit.placement),
+            state=instance_state(instance),
+            since=_unix(instance.since),
+            sleep_level=instance.level,
+            status=seen.status_text if seen else "",
+            vram_bytes=held_bytes(instance),
+            in_flight=len(instance.in_flight),
+            pid=seen.main_pid if seen else 0,
+            stale=instance.stale_since is not None,
+        )
+
+    def status_text(self, unit: UnitName) -> str:
+        """What the runner last said of itself."""
+        seen = self._dispatcher.lifecycle.units.get(unit)
+        return seen.status_text if seen else ""
+
+
+def held_bytes(instance: Instance) -> int:
+    """GPU memory that an instance is reckoned to hold now, per GPU."""
+    holds = instance.holds()
+    return max((int(holds.get(gpu, 0)) for gpu in instance.unit.placement.gpus), default=0)
+
+
+def _unix(monotonic_s: float) -> float:
+    return time.time() - (time.monotonic() - monotonic_s)
