@@ -1,0 +1,252 @@
+"""mmdctl: the command line. Every command and option is in mmdctl(1) and in the completions; tests compare them.
+
+The commands import their modules when they run: `mmdctl status` need not wait for what only `mmdctl check` uses.
+"""
+
+import argparse
+import io
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import TypeAlias
+
+from mmd import __version__
+from mmd.ctl.client import Operation, Verb
+from mmd.ctl.context import Context
+from mmd.ctl.exits import CtlError, Exit
+from mmd.ctl.terminal import Terminal
+from mmd.errors import MmdError
+from mmd.names import Placement
+from mmd.scope import Scope
+
+__all__ = ["main", "parser"]
+
+_Run: TypeAlias = Callable[[Context, argparse.Namespace], Exit]
+_Commands: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
+_SIGPIPE_EXIT = 141
+"""128 + SIGPIPE, as shells report a writer whose reader has gone."""
+_MODEL = "name, alias, unit id or unit name"
+_MODELS = f"{_MODEL}; globs match several"
+
+
+def main() -> int:
+    """The entry point. Returns the exit status (mmdctl(1), EXIT STATUS)."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")  # a log line that the locale cannot show must not end mmdctl
+    try:
+        code = _dispatch(parser().parse_args())
+        sys.stdout.flush()
+        return code
+    except MmdError as error:
+        sys.stdout.flush()
+        print(f"mmdctl: {error.message}", *([f"  {error.hint}"] if error.hint else []), sep="\n", file=sys.stderr)
+        return error.exit_code if isinstance(error, CtlError) else Exit.FAILED
+    except KeyboardInterrupt:
+        return Exit.INTERRUPTED
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else the interpreter complains when it flushes
+        return _SIGPIPE_EXIT
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line of mmdctl."""
+    root = argparse.ArgumentParser(
+        prog="mmdctl",
+        description="Shows and controls the models that mmd serves.",
+        epilog="Manual: man mmdctl. Exit status: 0 done, 1 failed, 2 usage, 3 gateway not reachable, 4 no such model.",
+        allow_abbrev=False,
+    )
+    root.add_argument("--version", action="version", version=f"mmdctl {__version__}")
+    _add_scope(root, user=False, socket=None)
+    commands = root.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    _add_views(commands)
+    _add_operations(commands)
+    _add_configuration(commands)
+    _add_units(commands)
+    return root
+
+
+def _dispatch(arguments: argparse.Namespace) -> Exit:
+    scope = Scope.user() if arguments.user else Scope.system()
+    context = Context(scope, arguments.socket or scope.admin_socket, Terminal.of(sys.stdout))
+    run: _Run = arguments.run
+    return run(context, arguments)
+
+
+def _add_scope(into: argparse.ArgumentParser, *, user: object, socket: object) -> None:
+    into.add_argument("--user", action="store_true", default=user, help="the caller's own instance of mmd")
+    into.add_argument("--socket", type=Path, metavar="PATH", default=socket, help="the gateway's admin socket")
+
+
+def _add(commands: _Commands, name: str, summary: str, run: _Run) -> argparse.ArgumentParser:
+    """A command. It takes the scope as well, so that `--user` may stand before or after it."""
+    command = commands.add_parser(name, help=summary, description=f"{summary[0].upper()}{summary[1:]}.", allow_abbrev=False)
+    _add_scope(command, user=argparse.SUPPRESS, socket=argparse.SUPPRESS)
+    command.set_defaults(run=run)
+    return command
+
+
+def _add_json(command: argparse.ArgumentParser, what: str = "JSON, for scripts") -> None:
+    command.add_argument("--json", action="store_true", help=what)
+
+
+def _add_views(commands: _Commands) -> None:
+    command = _add(commands, "status", "show the gateway, its GPUs and its models", _status)
+    command.add_argument("models", nargs="*", metavar="MODEL", help=f"only these: {_MODELS}")
+    _add_json(command)
+    command.add_argument("-w", "--watch", action="store_true", help="again every second, until Ctrl-C")
+
+    command = _add(commands, "list", "list the models as configured", _list)
+    command.add_argument("models", nargs="*", metavar="MODEL", help=f"only these: {_MODELS}")
+    _add_json(command)
+    command.add_argument("-q", "--quiet", action="store_true", help="names only")
+
+    command = _add(commands, "show", "show all that is known of one model", _show)
+    command.add_argument("model", metavar="MODEL", help=_MODEL)
+    _add_json(command)
+
+    command = _add(commands, "version", "show the versions of mmdctl and of the gateway that runs", _version)
+    _add_json(command)
+
+
+def _add_operations(commands: _Commands) -> None:
+    command = _add_operation(commands, Verb.START, "start models, or wake them, and wait until they are ready")
+    command.add_argument(
+        "--placement", type=_placement, metavar="GPUS", help="on these GPUs: 0, 0-1, cpu; default: mmd chooses"
+    )
+    command = _add_operation(commands, Verb.STOP, "stop models, after their in-flight requests", on_all=True)
+    command = _add_operation(commands, Verb.SLEEP, "put models to sleep: their GPU memory becomes free", on_all=True)
+    command.add_argument(
+        "--level", type=int, choices=(1, 2), help="1: weights to host memory, 2: dropped; default: the model's"
+    )
+    _add_operation(commands, Verb.WAKE, "wake models, or start them, and wait until they are ready")
+    command = _add_operation(commands, Verb.RESTART, "stop and start models")
+    _add_force(command)
+    _add_operation(commands, Verb.RESET, "forget models' failures, so that they may start again")
+
+
+def _add_operation(commands: _Commands, verb: Verb, summary: str, *, on_all: bool = False) -> argparse.ArgumentParser:
+    command = _add(commands, verb, summary, lambda context, arguments: _operate(context, verb, arguments, command))
+    command.add_argument("models", nargs="*" if on_all else "+", metavar="MODEL", help=_MODELS)
+    if on_all:
+        command.add_argument("--all", action="store_true", help="every model that it makes sense for")
+        _add_force(command)
+    command.add_argument("--no-wait", action="store_true", help="return as soon as it has begun")
+    _add_json(command, "progress as newline-delimited JSON")
+    return command
+
+
+def _add_force(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--force", action="store_true", help="do not wait for in-flight requests")
+
+
+def _add_configuration(commands: _Commands) -> None:
+    command = _add(commands, "check", "check a configuration; no gateway needed", _check)
+    command.add_argument("path", nargs="?", type=Path, metavar="FILE|DIR", help="default: the installed configuration")
+    command.add_argument("-q", "--quiet", action="store_true", help="say nothing when it is right")
+    _add_json(command)
+
+    command = _add(commands, "config", "print the configuration with profiles and defaults merged in", _config)
+    _add_json(command)
+
+    _add(commands, "reload", "check the configuration and bring it into use", _reload)
+
+
+def _add_units(commands: _Commands) -> None:
+    command = _add(commands, "logs", "show logs with journalctl", _logs)
+    whose = command.add_mutually_exclusive_group()
+    whose.add_argument("model", nargs="?", metavar="MODEL", help=f"{_MODEL}; default: all of mmd")
+    whose.add_argument("--gateway", action="store_true", help="the gateway's log alone")
+    command.add_argument("-f", "--follow", action="store_true", help="go on with new lines as they come")
+    command.add_argument("-n", "--lines", type=_count, metavar="LINES", help="the last so many lines")
+    command.add_argument("--since", metavar="TIME", help="from then on: '10 min ago', today (systemd.time(7))")
+
+    command = _add(commands, "cat", "show a model's unit file with its drop-ins", _cat)
+    command.add_argument("model", metavar="MODEL", help=_MODEL)
+
+
+def _placement(text: str) -> str:
+    try:
+        return str(Placement.parse(text))
+    except MmdError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
+
+
+def _count(text: str) -> int:
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of lines")
+    return int(text)
+
+
+def _status(context: Context, arguments: argparse.Namespace) -> Exit:
+    from mmd.ctl.status import status
+
+    return status(context, arguments.models, as_json=arguments.json, watch=arguments.watch)
+
+
+def _list(context: Context, arguments: argparse.Namespace) -> Exit:
+    from mmd.ctl.status import list_models
+
+    return list_models(context, arguments.models, as_json=arguments.json, quiet=arguments.quiet)
+
+
+def _show(context: Context, arguments: argparse.Namespace) -> Exit:
+    from mmd.ctl.status import show
+
+    return show(context, arguments.model, as_json=arguments.json)
+
+
+def _version(context: Context, arguments: argparse.Namespace) -> Exit:
+    from mmd.ctl.status import version
+
+    return version(context, as_json=arguments.json)
+
+
+def _operate(context: Context, verb: Verb, arguments: argparse.Namespace, command: argparse.ArgumentParser) -> Exit:
+    from mmd.ctl.operate import operate
+
+    options = vars(arguments)  # not every verb has every option
+    everything: bool = options.get("all", False)
+    if everything == bool(arguments.models):  # both or neither
+        command.error("name the models, or give --all")
+    force: bool = options.get("force", False)
+    operation = Operation(verb, level=options.get("level"), placement=options.get("placement"), force=force)
+    wait = not arguments.no_wait
+    return operate(context, operation, arguments.models, everything=everything, wait=wait, as_json=arguments.json)
+
+
+def _check(context: Context, arguments: argparse.Namespace) -> Exit:
+    from mmd.ctl.configuration import check
+
+    return check(context, arguments.path, quiet=arguments.quiet, as_json=arguments.json)
+
+
+def _config(context: Context, arguments: argparse.Namespace) -> Exit:
+    from mmd.ctl.configuration import config
+
+    return config(context, as_json=arguments.json)
+
+
+def _reload(context: Context, _: argparse.Namespace) -> Exit:
+    from mmd.ctl.reload import reload
+
+    return reload(context)
+
+
+def _logs(context: Context, arguments: argparse.Namespace) -> Exit:
+    from mmd.ctl.units import logs
+
+    since, lines, follow = arguments.since, arguments.lines, arguments.follow
+    logs(context, arguments.model, gateway=arguments.gateway, follow=follow, lines=lines, since=since)
+
+
+def _cat(context: Context, arguments: argparse.Namespace) -> Exit:
+    from mmd.ctl.units import cat
+
+    cat(context, arguments.model)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

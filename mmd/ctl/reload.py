@@ -1,0 +1,108 @@
+"""`mmdctl reload`: brings a changed configuration into use: it is checked, then systemd reads the units, then the gateway."""
+
+import os
+import shlex
+import subprocess
+from dataclasses import dataclass
+
+from mmd.ctl.client import Reloaded
+from mmd.ctl.configuration import read
+from mmd.ctl.context import Context
+from mmd.ctl.exits import CtlError, Exit
+from mmd.scope import ScopeKind
+
+__all__ = ["reload"]
+
+_GATEWAY = "mmd-gateway.service"
+_SOCKETS = ("mmd-gateway.socket", "mmd-admin.socket", "mmd-admin-tcp.socket")
+_SYSTEMCTL_TIMEOUT_S = 90.0
+"""systemd's own bound for a job (DefaultTimeoutStartSec=, systemd-system.conf(5))."""
+
+
+def reload(context: Context) -> Exit:
+    """Checks the configuration and refuses a wrong one; else daemon-reload, and a reload of the gateway when it runs."""
+    if context.scope.kind is ScopeKind.SYSTEM and os.geteuid() != 0:
+        raise CtlError("only root may make systemd read the units again", hint=f"sudo {context.command('reload')}")
+    problems = read(context.scope).problems
+    if problems:
+        print("\n".join(map(str, problems)))
+        raise CtlError("nothing was reloaded", hint="the configuration has problems; what was in use stays in use")
+    before = _sockets(context)
+    _systemctl(context, "daemon-reload")
+    after = _sockets(context)
+    print("\n".join(_reload_gateway(context)))
+    moved = [unit for unit, now in after.items() if now.defined and now.moved_from(before[unit])]
+    gone = [unit for unit, now in after.items() if not now.defined and now.active]
+    if moved:
+        print(f"{', '.join(moved)}: to listen where the configuration says now:")
+        print(f"  {shlex.join((*context.systemctl, 'restart', *moved, _GATEWAY))}")
+    if gone:
+        print(f"{', '.join(gone)}: no longer in the configuration; to close it:")
+        print(f"  {shlex.join((*context.systemctl, 'stop', *gone))}")
+    return Exit.OK
+
+
+@dataclass(frozen=True, slots=True)
+class _Socket:
+    """A socket unit: what its definition says, and whether it is open, perhaps at an earlier definition's addresses."""
+
+    defined: bool
+    active: bool
+    listen: frozenset[str]
+
+    def moved_from(self, before: "_Socket") -> bool:
+        """Whether it was open, or is new, and its definition says other addresses than `before`."""
+        return (before.active or not before.defined) and self.listen != before.listen
+
+
+def _sockets(context: Context) -> dict[str, _Socket]:
+    text = _systemctl(context, "show", "--property=Id,LoadState,ActiveState,Listen", *_SOCKETS)
+    sockets = {}
+    for block in text.strip().split("\n\n"):
+        lines = frozenset(block.splitlines())
+        unit = next(line.removeprefix("Id=") for line in lines if line.startswith("Id="))
+        listen = frozenset(line for line in lines if line.startswith("Listen="))
+        sockets[unit] = _Socket("LoadState=loaded" in lines, "ActiveState=active" in lines, listen)
+    return sockets
+
+
+def _reload_gateway(context: Context) -> list[str]:
+    """Makes a running gateway read its configuration, and says what that changed.
+
+    Through the admin API, which answers when it is done, with what changed. `systemctl reload` does the same by a signal, which
+    has no answer: that is for a gateway whose admin socket cannot be reached."""
+    if not _is_active(context):
+        return ["mmd-gateway is not running; it reads the configuration when it starts"]
+    try:
+        reloaded = context.client.reload()
+    except CtlError as error:
+        if error.exit_code is not Exit.UNREACHABLE:
+            raise
+        _systemctl(context, "reload", _GATEWAY)
+        return [f"mmd-gateway was told to read the configuration; it cannot be asked what changed: {error.message}"]
+    if reloaded.problems:
+        print("\n".join(reloaded.problems))
+        raise CtlError("mmd-gateway refused the configuration", hint="what was in use stays in use")
+    return _changes(reloaded)
+
+
+def _changes(reloaded: Reloaded) -> list[str]:
+    kinds = (("added", reloaded.added), ("changed", reloaded.changed), ("removed", reloaded.removed))
+    lines = [f"{kind}: {', '.join(models)}" for kind, models in kinds if models]
+    return lines or ["nothing has changed since mmd-gateway last read the configuration"]
+
+
+def _is_active(context: Context) -> bool:
+    return "ActiveState=active" in _systemctl(context, "show", "--property=ActiveState", _GATEWAY).splitlines()
+
+
+def _systemctl(context: Context, *words: str) -> str:
+    """What systemctl prints; CtlError with what it complains about when it fails."""
+    command = (*context.systemctl, *words)
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=_SYSTEMCTL_TIMEOUT_S, check=True)
+    except subprocess.CalledProcessError as error:
+        raise CtlError(f"{shlex.join(command)}: {error.stderr.strip()}") from error
+    except (OSError, subprocess.TimeoutExpired) as error:
+        raise CtlError(f"cannot run {shlex.join(command)}: {error}") from error
+    return done.stdout

@@ -1,0 +1,68 @@
+# Completion of mmdctl(1) for bash. Installed as /usr/share/bash-completion/completions/mmdctl.
+# shellcheck shell=bash
+
+_mmdctl() {
+    local -A options=(
+        [status]="--json -w --watch"
+        [list]="--json -q --quiet"
+        [show]="--json"
+        [version]="--json"
+        [start]="--placement --no-wait --json"
+        [stop]="--all --force --no-wait --json"
+        [restart]="--force --no-wait --json"
+        [sleep]="--all --force --level --no-wait --json"
+        [wake]="--no-wait --json"
+        [reset]="--no-wait --json"
+        [check]="-q --quiet --json"
+        [config]="--json"
+        [reload]=""
+        [logs]="--gateway -f --follow -n --lines --since"
+        [cat]=""
+    )
+    local current=${COMP_WORDS[COMP_CWORD]} previous=${COMP_WORDS[COMP_CWORD - 1]}
+    local command="" choices="-h --help --user --socket" position word
+    local -a scope=()
+    for ((position = 1; position < COMP_CWORD; position++)); do
+        word=${COMP_WORDS[position]}
+        case $word in
+            --user) scope+=(--user) ;;
+            --socket)
+                position=$((position + 1))
+                scope+=(--socket "${COMP_WORDS[position]}")
+                ;;
+            -*) ;;
+            *) [[ -n $command ]] || command=$word ;;
+        esac
+    done
+
+    case $previous in
+        --level) choices="1 2" ;;
+        --placement) choices="0 0-1 cpu" ;;
+        --socket)
+            compopt -o filenames
+            mapfile -t COMPREPLY < <(compgen -f -- "$current")
+            return
+            ;;
+        -n | --lines | --since) return ;;
+        *)
+            if [[ -z $command ]]; then
+                choices+=" --version ${!options[*]}"
+            elif [[ $current == -* ]]; then
+                choices+=" ${options[$command]-}"
+            elif [[ $command == check ]]; then
+                compopt -o filenames
+                mapfile -t COMPREPLY < <(compgen -f -- "$current")
+                return
+            elif [[ $command != version && $command != config && $command != reload ]]; then
+                # Not compgen -W, which would expand what is in a name. A gateway that hangs must not hang the shell.
+                while IFS= read -r word; do
+                    [[ $word != "$current"* ]] || COMPREPLY+=("$word")
+                done < <(timeout 2 "${COMP_WORDS[0]}" "${scope[@]}" list --quiet 2>/dev/null)
+                return
+            fi
+            ;;
+    esac
+    mapfile -t COMPREPLY < <(compgen -W "$choices" -- "$current")
+}
+
+complete -o nosort -F _mmdctl mmdctl
