@@ -102,5 +102,5 @@ class SchedulerMachine(RuleBasedStateMachine):
         assert actions == world.actions, "the same events gave different actions"
 
 
-SchedulerMachine.TestCase.settings = settings(max_examples=400, stateful_step_count=40)
+SchedulerMachine.TestCase.settings = settings(max_examples=400, stateful_step_count=40, deadline=None)
 TestScheduler = SchedulerMachine.TestCase
