@@ -1,0 +1,199 @@
+# Sourced by ../up and ../down: what an installation consists of. Needs messages.sh, steps.sh and `checkout`, the source tree.
+# shellcheck shell=bash
+# shellcheck source=packaging/lib/messages.sh
+# shellcheck source=packaging/lib/steps.sh
+
+home=/usr/lib/mmd
+manifest=$home.manifest # beside, since $home is exchanged as a whole
+
+# source_fingerprint: changes when the installed environment would.
+source_fingerprint() {
+    (
+        cd "$checkout"
+        {
+            /usr/bin/python3 --version
+            find mmd pyproject.toml -type f ! -name '*.pyc' -print0 | LC_ALL=C sort -z | xargs -0 sha256sum
+        } | sha256sum | cut -c1-16
+    )
+}
+
+# install_environment: the virtual environment in $home, not editable. The new one is made beside the old and the two are
+# exchanged in one step, so that a model that starts meanwhile finds a whole one.
+install_environment() {
+    local fingerprint new=$home.new
+    fingerprint=$(source_fingerprint)
+    if [[ $(cat "$home/fingerprint" 2>/dev/null) == "$fingerprint" ]]; then
+        remark unchanged
+        return
+    fi
+    rm -rf "$new"
+    if "$home/bin/python" -c 'import pip' 2>/dev/null; then
+        cp -a "$home" "$new"
+        remark upgraded
+    else
+        /usr/bin/python3 -m venv --prompt mmd "$new"
+        remark installed
+    fi
+    mkdir "$work/source" # setuptools writes where it builds
+    (cd "$checkout" && cp -R mmd pyproject.toml README.md LICENSE "$work/source")
+    "$new/bin/python" -m pip install --no-input --disable-pip-version-check --no-compile --upgrade "$work/source"
+    grep --recursive --files-with-matches --binary-files=without-match --null -F "$new" "$new/bin" "$new/pyvenv.cfg" |
+        xargs --null --no-run-if-empty sed -i "s,$new,$home,g"
+    # The generator runs with -B: it would compile its modules at each boot.
+    "$new/bin/python" -m compileall -q -s "$new" -p "$home" "$new/lib"
+    printf '%s\n' "$fingerprint" >"$new/fingerprint"
+    exchange "$new" "$home"
+    rm -rf "$new"
+    touch "$work/gateway-changed"
+}
+
+# exchange NEW OLD: renameat2(2); coreutils of Debian 12 has no command for it.
+exchange() {
+    if [[ ! -e $2 ]]; then
+        mv "$1" "$2"
+        return
+    fi
+    /usr/bin/python3 - "$1" "$2" <<'PYTHON'
+import ctypes, os, sys
+AT_FDCWD, RENAME_EXCHANGE = -100, 2
+libc = ctypes.CDLL(None, use_errno=True)
+if libc.renameat2(AT_FDCWD, os.fsencode(sys.argv[1]), AT_FDCWD, os.fsencode(sys.argv[2]), RENAME_EXCHANGE) != 0:
+    sys.exit(f"cannot exchange {sys.argv[1]} and {sys.argv[2]}: {os.strerror(ctypes.get_errno())}")
+PYTHON
+}
+
+# install_files: everything else; what an earlier version installed and this one does not is removed.
+install_files() {
+    local systemd=/usr/lib/systemd
+    : >"$work/manifest"
+    put "$systemd/system" "$checkout"/units/*.*
+    put "$systemd/user" "$checkout"/units/user/*.*
+    put /usr/lib/sysusers.d "$checkout/packaging/sysusers.d/mmd.conf"
+    put /usr/lib/tmpfiles.d "$checkout/packaging/tmpfiles.d/mmd.conf"
+    put /usr/share/polkit-1/rules.d "$checkout/packaging/polkit/50-mmd.rules"
+    put /usr/share/bash-completion/completions "$checkout/packaging/completions/mmdctl.bash"
+    put /usr/share/zsh/vendor-completions "$checkout/packaging/completions/_mmdctl"
+    put /usr/share/doc/mmd/examples "$checkout"/config/examples/*.yaml
+    # -I: neither the caller's environment nor its directory may add to the path of a program that systemd runs as root.
+    put_text "$systemd/system-generators/mmd-generator" '#!/bin/sh' "exec $home/bin/python -IB -m mmd.generator \"\$@\""
+    put_text "$systemd/user-generators/mmd-generator" '#!/bin/sh' "exec $home/bin/python -IB -m mmd.generator --user \"\$@\""
+    ln -sfn "$home/bin/mmdctl" /usr/bin/mmdctl
+    printf '%s\n' /usr/bin/mmdctl >>"$work/manifest"
+    put_manuals
+    [[ ! -f $manifest ]] || { grep -vxFf "$work/manifest" "$manifest" || true; } | xargs --no-run-if-empty -d '\n' rm -f
+    cp "$work/manifest" "$manifest"
+    remark "$(wc -l <"$manifest") files"
+}
+
+# put DIRECTORY FILE...: copies files that differ.
+put() {
+    local directory=$1 file target
+    shift
+    mkdir -p "$directory"
+    for file; do
+        target=$directory/${file##*/}
+        printf '%s\n' "$target" >>"$work/manifest"
+        cmp -s "$file" "$target" && continue
+        [[ $target != */system/mmd-gateway.service ]] || touch "$work/gateway-changed"
+        install -m 0644 "$file" "$target"
+    done
+}
+
+# put_text FILE LINE...: an executable script.
+put_text() {
+    mkdir -p "${1%/*}"
+    printf '%s\n' "${@:2}" >"$work/script"
+    install -m 0755 "$work/script" "$1"
+    printf '%s\n' "$1" >>"$work/manifest"
+}
+
+put_manuals() {
+    local source name
+    command -v scdoc >/dev/null || return 0
+    for source in "$checkout"/man/*.scd; do
+        name=${source##*/}
+        name=${name%.scd}
+        mkdir -p "/usr/share/man/man${name##*.}"
+        scdoc <"$source" >"$work/$name"
+        put "/usr/share/man/man${name##*.}" "$work/$name"
+    done
+}
+
+make_users() {
+    systemd-sysusers mmd.conf
+    systemd-tmpfiles --create mmd.conf
+    remark "mmd, mmd-model, group mmd-admin"
+}
+
+# default_configuration DEMO: the demonstration, where there is no configuration; nobody's file is overwritten.
+default_configuration() {
+    local demo=$checkout/config/examples/demo.yaml
+    if [[ ! -e /etc/mmd/mmd.yaml ]] && ! compgen -G '/etc/mmd/models.d/*.yaml' >/dev/null; then
+        install -m 0644 "$demo" /etc/mmd/mmd.yaml
+        remark "/etc/mmd/mmd.yaml: simulated models"
+    elif [[ $1 == yes ]] && ! cmp -s "$demo" /etc/mmd/mmd.yaml; then
+        say "/etc/mmd holds a configuration of yours, which --demo does not overwrite"
+        return 1
+    else
+        remark "kept /etc/mmd"
+    fi
+    /usr/bin/mmdctl check
+}
+
+# sockets: those that mmd-generator makes of the configuration.
+sockets() {
+    systemctl list-unit-files --no-legend --plain 'mmd-*.socket' | awk '{print $1}'
+}
+
+start_sockets() {
+    local units
+    systemctl daemon-reload
+    mapfile -t units < <(sockets)
+    [[ " ${units[*]} " == *" mmd-gateway.socket "* ]] || {
+        journalctl --no-pager -n 10 -t mmd-generator
+        return 1
+    }
+    systemctl enable --quiet --now mmd-reload.path
+    systemctl start "${units[@]}" || {
+        journalctl --no-pager -n 10 -o cat "${units[@]/#/--unit=}"
+        return 1
+    }
+    remark "${units[*]}"
+}
+
+# restart_gateway: only for new code, and only where it runs. Models go on; requests in flight are finished first; new ones wait.
+restart_gateway() {
+    if [[ -e $work/gateway-changed ]] && systemctl --quiet is-active mmd-gateway.service; then
+        systemctl restart mmd-gateway.service
+        remark "restarted, the models go on"
+    else
+        remark "starts with the first request, or goes on"
+    fi
+}
+
+# stop_everything: in one call, so that the gateway does not wait for requests whose models stop as well.
+stop_everything() {
+    local units
+    systemctl disable --quiet --now mmd-reload.path 2>/dev/null || true
+    mapfile -t units < <(systemctl list-units --all --no-legend --plain 'mmd-*' mmd.slice | awk '{print $1}')
+    ((${#units[@]} == 0)) || systemctl stop "${units[@]}" || true
+    remark "${#units[@]} units"
+}
+
+remove_files() {
+    [[ ! -f $manifest ]] || xargs -d '\n' rm -f <"$manifest"
+    rm -rf "$home" "$home.new" "$manifest" /usr/share/doc/mmd
+    rm -rf /run/mmd /run/mmd-model /run/mmd-sim /run/mmd-gateway
+    systemctl daemon-reload
+    systemctl reset-failed 'mmd*' 2>/dev/null || true
+}
+
+purge() {
+    local user
+    rm -rf /etc/mmd /var/lib/mmd /var/cache/mmd /etc/systemd/system/mmd-*.d
+    for user in mmd mmd-model; do
+        ! getent passwd "$user" >/dev/null || userdel "$user"
+    done
+    ! getent group mmd-admin >/dev/null || groupdel mmd-admin
+    systemctl daemon-reload
+}

@@ -1,0 +1,165 @@
+"""packaging/up, enter and down: on a machine with systemd (a testbed), and on one without (this one, in a private network)."""
+
+import json
+import os
+import socket
+import subprocess
+import urllib.request
+import uuid
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+import pytest
+from testbed import CHECKOUT, Installation, Testbed, prepared_layer
+
+UP, DOWN, ENTER = (CHECKOUT / "packaging" / name for name in ("up", "down", "enter"))
+DEMO = CHECKOUT / "config" / "examples" / "demo.yaml"
+
+
+def models(installation: Installation) -> list[str]:
+    with urllib.request.urlopen(f"{installation.api}/v1/models", timeout=30) as answer:
+        return [model["id"] for model in json.load(answer)["data"]]
+
+
+def model_pids(testbed: Testbed) -> dict[str, str]:
+    """The main process of each running model unit."""
+    units = testbed.systemctl("list-units", "--no-legend", "--plain", "--state=active", "mmd-model-*")
+    return {unit: testbed.show(unit, "MainPID") for unit in (line.split()[0] for line in units.splitlines())}
+
+
+def test_a_second_run_changes_nothing_but_what_changed(installed: Installation) -> None:
+    """The demonstration, then up twice more: first with nothing new, then with a new gateway unit while a model serves."""
+    installed.configure(DEMO.read_text())
+    first = installed.up("--demo")
+    assert "answer" in first
+    assert "OpenAI(base_url=" in first
+    pids, gateway = model_pids(installed), installed.show("mmd-gateway.service", "MainPID")
+    assert len(pids) == 1
+
+    assert "unchanged" in installed.up()
+    assert model_pids(installed) == pids
+    assert installed.show("mmd-gateway.service", "MainPID") == gateway
+
+    unit = "/usr/lib/systemd/system/mmd-gateway.service"
+    installed.write(unit, installed.read(unit) + "# an older version\n")
+    assert "restarted, the models go on" in installed.up()
+    assert model_pids(installed) == pids
+    assert installed.show("mmd-gateway.service", "MainPID") != gateway
+    assert len(models(installed)) >= 2
+
+
+def test_a_configuration_is_never_overwritten(installed: Installation) -> None:
+    mine = "# mine\ngpus: {provider: sim, devices: [{memory: 24GiB}]}\n"
+    installed.configure(mine)
+    installed.up("--no-request")
+    assert installed.read("/etc/mmd/mmd.yaml") == mine
+    refused = installed.run(UP, "--demo", "--no-request", check=False, timeout_s=60)
+    assert refused.returncode == 1
+    assert "holds a configuration of yours" in refused.stdout
+    assert installed.read("/etc/mmd/mmd.yaml") == mine
+
+
+def test_a_broken_configuration_is_named(installed: Installation) -> None:
+    good = installed.read("/etc/mmd/mmd.yaml")
+    installed.systemctl("stop", "mmd-reload.path")
+    installed.write("/etc/mmd/mmd.yaml", "gatewy: {}\n")
+    refused = installed.run(UP, "--no-request", check=False, timeout_s=60)
+    assert refused.returncode == 1
+    assert "gatewy" in refused.stdout
+    assert "next: correct /etc/mmd" in refused.stdout
+    installed.write("/etc/mmd/mmd.yaml", good)
+    installed.up("--no-request")
+
+
+def test_a_changed_file_is_applied_by_itself(installed: Installation) -> None:
+    installed.configure("gpus: {provider: sim, devices: [{memory: 24GiB}]}\n")
+    installed.systemctl("start", "mmd-reload.path")
+    assert models(installed) == []
+    installed.write("/etc/mmd/models.d/new.yaml", "models: {newcomer: {engine: sim, vram: 1GiB}}\n")
+    installed.wait_until(lambda: models(installed) == ["newcomer"])
+    installed.path("/etc/mmd/models.d/new.yaml").unlink()
+    installed.wait_until(lambda: models(installed) == [])
+
+
+def test_enter_on_a_machine_with_systemd_just_runs(installed: Installation) -> None:
+    done = installed.run(ENTER, "sh", "-c", "cat; exit 7", check=False, input="through")
+    assert (done.returncode, done.stdout) == (7, "through")
+
+
+def test_wrong_options_are_usage_errors(booted: Testbed) -> None:
+    for program in (UP, DOWN):
+        done = booted.run(program, "--bogus", check=False)
+        assert done.returncode == 64
+        assert "unknown option --bogus" in done.stderr
+        assert booted.run(program, "--help").stdout.startswith("usage: packaging/")
+
+
+def test_nothing_installed_depends_on_the_checkout(installed: Installation) -> None:
+    for place in ("/usr/lib/mmd/bin", "/usr/lib/systemd/system-generators/mmd-generator", "/usr/lib/systemd/system"):
+        found = installed.run("grep", "-rlF", "--include=*mmd*", f"{CHECKOUT}/", place, check=False)
+        assert found.stdout == ""
+    assert "/usr/lib/mmd.new" not in installed.read("/usr/lib/mmd/bin/mmdctl")
+
+
+def test_down_removes_what_up_installed(root_only: None) -> None:
+    with Installation() as installation, installation.network():
+        installation.configure(DEMO.read_text())
+        installation.up()
+        files = [*installation.read("/usr/lib/mmd.manifest").splitlines(), "/usr/lib/mmd", "/usr/lib/mmd.manifest"]
+        files += ["/run/mmd", "/run/mmd-model", "/run/mmd-sim", "/run/mmd-gateway", "/usr/share/doc/mmd"]
+        installation.run(DOWN, timeout_s=60)
+        assert [file for file in files if os.path.lexists(installation.path(file))] == []
+        assert installation.systemctl("list-units", "--all", "--no-legend", "mmd-*", "mmd.slice") == ""
+        assert installation.read("/etc/mmd/mmd.yaml") == DEMO.read_text()
+
+        installation.run(DOWN, "--purge", timeout_s=60)
+        assert installation.run("getent", "passwd", "mmd", "mmd-model", check=False).stdout == ""
+        assert [path for path in ("/etc/mmd", "/var/lib/mmd", "/var/cache/mmd") if installation.path(path).exists()] == []
+        installation.run(DOWN, "--purge", timeout_s=60)
+        assert installation.systemctl("--failed", "--no-legend") == ""
+
+
+@pytest.fixture
+def without_systemd(root_only: None, tmp_path: Path) -> Iterator[Mapping[str, str]]:
+    """The environment of `up` for this machine, with a state directory of its own."""
+    state = Path(f"/run/mmd-testbed-{uuid.uuid4().hex[:8]}")
+    environment = {**os.environ, "MMD_TESTBED": str(state), "MMD_TESTBED_LAYER": str(prepared_layer())}
+    yield environment
+    subprocess.run([DOWN], check=True, env=environment, capture_output=True, timeout=60)
+    assert not state.exists()
+
+
+@pytest.mark.skipif(Path("/run/systemd/system").exists(), reason="PID 1 is systemd here")
+def test_private_systemd_shares_the_network(without_systemd: Mapping[str, str]) -> None:
+    """In a network namespace of its own, so that port 8000 is free; the demonstration answers on that network's loopback."""
+    script = """
+        python3 - <<'PYTHON'
+import fcntl, socket, struct
+request = struct.pack("16sh14x", b"lo", 1)  # netdevice(7): SIOCSIFFLAGS, IFF_UP
+fcntl.ioctl(socket.socket(), 0x8914, request)
+PYTHON
+        "$1/up" --demo && "$1/up" --demo && python3 -c '
+import urllib.request
+print(urllib.request.urlopen("http://127.0.0.1:8000/v1/models", timeout=30).status)'
+        echo through | "$1/enter" sh -c 'cat; exit 7'
+        echo "exit status $?"
+        "$1/down" && "$1/down" && ! "$1/enter" true
+    """
+    done = subprocess.run(
+        ["unshare", "--net", "bash", "-c", script, "-", UP.parent],
+        check=False,
+        env=without_systemd,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.count("answer") == 2
+    assert "\n200\n" in done.stdout
+    assert "through\nexit status 7\n" in done.stdout
+    assert "packaging/enter mmdctl status" in done.stdout
+
+
+def test_testbeds_have_networks_of_their_own(booted: Testbed) -> None:
+    with booted.network(), socket.create_server(("127.0.0.1", 8000)), Testbed() as other, other.network():
+        socket.create_server(("127.0.0.1", 8000)).close()

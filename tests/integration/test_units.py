@@ -1,0 +1,201 @@
+"""The shipped units: what systemd-analyze(1) says of them, and what polkit lets the gateway's user do."""
+
+import re
+import subprocess
+from pathlib import Path
+
+import pytest
+from testbed import CHECKOUT, Testbed
+
+UNITS = CHECKOUT / "units"
+SHIPPED = sorted(path for path in UNITS.iterdir() if path.is_file())
+USERS_OWN = sorted((UNITS / "user").iterdir())
+GATEWAY_EXPOSURE = 1.5
+
+MANAGER = ("org.freedesktop.systemd1", "/org/freedesktop/systemd1", "org.freedesktop.systemd1.Manager")
+
+
+def exposure(unit: Path) -> float:
+    done = subprocess.run(
+        ["systemd-analyze", "security", "--offline=yes", "--no-pager", unit], check=True, capture_output=True, text=True
+    )
+    found = re.search(r"Overall exposure level for \S+: ([\d.]+)", done.stdout)
+    assert found, done.stdout
+    return float(found[1])
+
+
+def test_gateway_is_sandboxed() -> None:
+    assert exposure(UNITS / "mmd-gateway.service") <= GATEWAY_EXPOSURE
+
+
+def test_reload_is_sandboxed() -> None:
+    assert exposure(UNITS / "mmd-reload.service") <= 2.0
+
+
+@pytest.fixture(scope="module")
+def units(booted: Testbed) -> Testbed:
+    """The shipped units, users, directories and the polkit rule in place; the sockets and programs are stand-ins."""
+    for unit in SHIPPED:
+        booted.write(f"/usr/lib/systemd/system/{unit.name}", unit.read_text())
+    for unit in USERS_OWN:
+        booted.write(f"/usr/lib/systemd/user/{unit.name}", unit.read_text())
+    for program in ("mmd-gateway", "mmdctl"):
+        booted.write(f"/usr/lib/mmd/bin/{program}", "#!/bin/sh\n", mode=0o755)
+    socket = "[Socket]\nListenStream=/run/mmd/{0}.sock\nService=mmd-gateway.service\n"
+    for directory in ("system", "user"):
+        for name in ("mmd-gateway", "mmd-admin"):
+            booted.write(f"/etc/systemd/{directory}/{name}.socket", socket.format(name))
+    packaging = CHECKOUT / "packaging"
+    booted.write("/usr/lib/sysusers.d/mmd.conf", (packaging / "sysusers.d/mmd.conf").read_text())
+    booted.write("/usr/lib/tmpfiles.d/mmd.conf", (packaging / "tmpfiles.d/mmd.conf").read_text())
+    booted.write("/usr/share/polkit-1/rules.d/50-mmd.rules", (packaging / "polkit/50-mmd.rules").read_text())
+    template = "[Service]\nExecStart=/bin/sleep infinity\nUser=mmd-model\nRuntimeDirectory=mmd-model/qwen@%i\n"
+    booted.write("/etc/systemd/system/mmd-model-qwen@.service", template)
+    booted.write("/etc/systemd/system/mmd-model-Evil@.service", template)
+    booted.write("/etc/systemd/system/other.service", "[Service]\nExecStart=/bin/sleep infinity\n")
+    booted.run("systemd-sysusers", "mmd.conf")
+    booted.run("systemd-tmpfiles", "--create", "mmd.conf")
+    booted.systemctl("daemon-reload")
+    return booted
+
+
+def test_private_systemd_is_whole(booted: Testbed) -> None:
+    assert booted.systemctl("is-system-running").strip() == "running"
+    assert booted.run("cat", "/proc/1/comm").stdout == "systemd\n"
+
+
+@pytest.mark.parametrize("unit", SHIPPED, ids=lambda path: path.name)
+def test_verify_says_nothing(units: Testbed, unit: Path) -> None:
+    done = units.run("systemd-analyze", "verify", "--man=no", unit.name)
+    assert done.stderr == ""
+
+
+@pytest.mark.parametrize("unit", USERS_OWN, ids=lambda path: path.name)
+def test_verify_of_a_users_unit_says_nothing(units: Testbed, unit: Path) -> None:
+    done = units.run("systemd-analyze", "verify", "--user", "--man=no", unit.name, env={"XDG_RUNTIME_DIR": "/run"})
+    assert done.stderr == ""
+
+
+def test_directories(units: Testbed) -> None:
+    stat = units.run("stat", "--format=%n %a %U %G", "/run/mmd", "/run/mmd-model", "/run/mmd-sim", "/etc/mmd/models.d")
+    assert stat.stdout.splitlines() == [
+        "/run/mmd 755 root root",
+        "/run/mmd-model 755 mmd-model mmd-model",
+        "/run/mmd-sim 2770 mmd-model mmd-model",
+        "/etc/mmd/models.d 755 root root",
+    ]
+
+
+def manage(testbed: Testbed, method: str, signature: str, *arguments: str, user: str = "mmd") -> tuple[bool, str]:
+    """One call to systemd as `user`: whether it was allowed, and what was said."""
+    done = testbed.run("busctl", "call", *MANAGER, method, signature, *arguments, user=user, check=False)
+    return done.returncode == 0, done.stderr.strip()
+
+
+def test_gateway_may_drive_model_units(units: Testbed) -> None:
+    unit = "mmd-model-qwen@0-1.service"
+    for method in ("StartUnit", "RestartUnit"):
+        assert manage(units, method, "ss", unit, "replace") == (True, "")
+    units.wait_until(lambda: units.show(unit, "ActiveState") == "active")
+    assert manage(units, "KillUnit", "ssi", unit, "all", "9") == (True, "")
+    units.wait_until(lambda: units.show(unit, "ActiveState") == "failed")
+    assert manage(units, "ResetFailedUnit", "s", unit) == (True, "")
+    assert manage(units, "StartUnit", "ss", unit, "replace") == (True, "")
+    assert manage(units, "StopUnit", "ss", unit, "replace") == (True, "")
+    units.wait_until(lambda: units.show(unit, "ActiveState") == "inactive")
+
+
+@pytest.mark.parametrize(
+    "unit",
+    [
+        "other.service",
+        "dbus.service",
+        "mmd-gateway.service",
+        "mmd-gateway.socket",
+        "mmd-reload.service",
+        "mmd-model-Evil@0.service",
+        "mmd-model-qwen@evil.service",
+        "mmd-model-qwen@0-.service",
+        "other-mmd-model-qwen@0.service",
+    ],
+)
+@pytest.mark.parametrize("method", ["StartUnit", "StopUnit"])
+def test_gateway_may_not_drive_other_units(units: Testbed, unit: str, method: str) -> None:
+    allowed, said = manage(units, method, "ss", unit, "replace")
+    assert not allowed
+    assert "authentication required" in said or "Access denied" in said or "not loaded" in said, said
+    assert units.show("other.service", "ActiveState") == "inactive"
+
+
+def test_gateway_may_not_change_systemd(units: Testbed) -> None:
+    assert not manage(units, "Reload", "")[0]
+    assert not manage(units, "Reexecute", "")[0]
+    assert not manage(units, "SetUnitProperties", "sba(sv)", "mmd-model-qwen@0.service", "true", "0")[0]
+    assert not manage(units, "MaskUnitFiles", "asbb", "1", "mmd-model-qwen@.service", "true", "true")[0]
+
+
+def test_engines_may_not_drive_units(units: Testbed) -> None:
+    assert not manage(units, "StartUnit", "ss", "mmd-model-qwen@0.service", "replace", user="mmd-model")[0]
+
+
+PROBE = """
+import os, select, socket, struct
+ready, _, _ = select.select([3, 4], [], [])
+connection, _ = socket.socket(fileno=ready[0]).accept()
+pid, uid, gid = struct.unpack("3i", connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))
+engine = socket.socket(socket.AF_UNIX)
+engine.connect("/run/mmd-model/qwen@0/engine.sock")
+open("/var/lib/mmd/probe", "w").write(f"{uid} {engine.recv(5).decode()} {os.environ['LISTEN_FDS']}")
+"""
+ENGINE = """
+import os, socket
+os.umask(0o007)
+listener = socket.socket(socket.AF_UNIX)
+listener.bind("/run/mmd-model/qwen@0/engine.sock")
+listener.listen()
+connection, _ = listener.accept()
+connection.send(b"hello")
+"""
+
+
+def test_gateway_reaches_engines_and_knows_its_callers(units: Testbed) -> None:
+    """Inside the real sandbox, with a probe in the gateway's place: a socket that systemd was not asked for is skipped."""
+    units.write("/usr/local/lib/probe.py", PROBE)
+    units.write("/usr/local/lib/engine.py", ENGINE)
+    units.write(
+        "/etc/systemd/system/mmd-gateway.service.d/probe.conf",
+        "[Service]\nType=exec\nExecStart=\nExecStart=/usr/bin/python3 /usr/local/lib/probe.py\n",
+    )
+    units.write(
+        "/etc/systemd/system/mmd-model-qwen@.service.d/engine.conf",
+        "[Service]\nRuntimeDirectoryMode=0750\nExecStart=\nExecStart=/usr/bin/python3 /usr/local/lib/engine.py\n",
+    )
+    units.systemctl("daemon-reload")
+    units.systemctl("start", "mmd-gateway.socket", "mmd-admin.socket", "mmd-model-qwen@0.service")
+    units.wait_until(units.path("/run/mmd-model/qwen@0/engine.sock").exists)
+    connect = "import socket; socket.socket(socket.AF_UNIX).connect('/run/mmd/mmd-gateway.sock')"
+    uid = units.run("id", "--user", "mmd-model").stdout.strip()
+    units.run("python3", "-c", connect, user="mmd-model")
+    probe = units.path("/var/lib/mmd/probe")
+    units.wait_until(lambda: probe.exists() and probe.read_text(), what="the probe's answer")
+    assert probe.read_text() == f"{uid} hello 2"
+
+
+def test_a_change_during_a_reload_is_not_lost(units: Testbed) -> None:
+    """The stand-in for mmdctl notes what it reads, then takes its time, as daemon-reload does."""
+    units.write("/usr/lib/mmd/bin/mmdctl", "#!/bin/sh\ncat /etc/mmd/mmd.yaml /etc/mmd/models.d/*; sleep 0.7\n", mode=0o755)
+    units.write("/etc/mmd/models.d/a.yaml", "nothing\n")
+    units.write("/etc/mmd/mmd.yaml", "zero\n")
+    units.systemctl("start", "mmd-reload.path")
+
+    def seen(text: str) -> bool:
+        return text in units.journal("--unit=mmd-reload.service").splitlines()
+
+    units.write("/etc/mmd/mmd.yaml", "first\n")
+    units.wait_until(lambda: seen("first"))
+    units.write("/etc/mmd/models.d/a.yaml", "second\n")
+    units.wait_until(lambda: seen("second"))
+    units.wait_until(lambda: units.show("mmd-reload.service", "ActiveState") == "inactive")
+    units.write("/etc/mmd/models.d/a.yaml", "third\n")
+    units.wait_until(lambda: seen("third"))
+    units.systemctl("stop", "mmd-reload.path", "mmd-reload-request.service", "mmd-reload.service")
