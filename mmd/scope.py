@@ -40,6 +40,11 @@ class Scope:
     def admin_socket(self) -> Path:
         return self.runtime_dir / "admin.sock"
 
+    @property
+    def probe_socket(self) -> Path:
+        """Where systemd starts a GPU probe (mmd-gpu-probe.socket)."""
+        return self.runtime_dir / "gpu-probe.sock"
+
     def unit_dir(self, unit: UnitName) -> Path:
         """The runtime directory of one model unit."""
         return self.model_dir / f"{unit.id}@{unit.placement}"

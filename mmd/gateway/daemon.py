@@ -20,7 +20,7 @@ from mmd.gateway.memory import Memory
 from mmd.gateway.openai import OpenAiApi
 from mmd.gateway.server import Server
 from mmd.gateway.snapshot import Snapshot
-from mmd.gpu import open_provider
+from mmd.gpu import GpuProvider, open_provider
 from mmd.load import Loaded, load
 from mmd.policy.events import Sampled
 from mmd.scope import Scope, ScopeKind
@@ -51,7 +51,7 @@ class Daemon:
         """Read the configuration, adopt what runs, then accept requests."""
         loaded = load(self._scope)
         self._systemd = await Systemd.connect(user=self._scope.kind is ScopeKind.USER, on_event=self._on_systemd)
-        self._memory = Memory(await open_provider(loaded.config.gpus, self._scope.sim_dir), self._on_sample)
+        self._memory = Memory(await self._open_gpus(loaded.config), self._on_sample)
         lifecycle = Lifecycle(
             self._scope,
             self._systemd,
@@ -98,13 +98,16 @@ class Daemon:
             self.snapshot.problems = tuple(f"{problem} (the configuration in use stays)" for problem in loaded.problems)
             return {"changed": [], "added": [], "removed": [], "problems": list(map(str, loaded.problems))}
         if loaded.config.gpus != before.gpus:
-            await self._memory.replace(await open_provider(loaded.config.gpus, self._scope.sim_dir))
+            await self._memory.replace(await self._open_gpus(loaded.config))
         self._use(loaded)
         await self.dispatcher.resynchronise()
         self.snapshot.reloaded = time.time()
         changes = _differences(before, loaded.config)
         _log.info("configuration reloaded: %s", ", ".join(f"{len(names)} {kind}" for kind, names in changes.items()))
         return {**changes, "problems": []}
+
+    async def _open_gpus(self, config: Config) -> GpuProvider:
+        return await open_provider(config.gpus, self._scope.sim_dir, self._scope.probe_socket)
 
     def _on_sample(self, sample: Sampled) -> None:
         self.dispatcher.post(sample)

@@ -42,10 +42,10 @@ class GpuProvider(Protocol):
     async def close(self) -> None: ...
 
 
-async def open_provider(gpus: Gpus, sim_dir: Path) -> GpuProvider:
+async def open_provider(gpus: Gpus, sim_dir: Path, probe_socket: Path | None = None) -> GpuProvider:
     """The provider that the configuration asks for; MmdError when it does not work here.
 
-    `auto` is NVML where there is a driver, and no GPUs at all where there is none.
+    `auto` is NVML where there is a driver, and no GPUs at all where there is none. `probe_socket` is mmd-gpu-probe.socket's.
     """
     from mmd.gpu.nvml import NoDriverError, NvmlProvider
     from mmd.gpu.sim import SimProvider
@@ -57,9 +57,9 @@ async def open_provider(gpus: Gpus, sim_dir: Path) -> GpuProvider:
         case Provider.SIM:
             return SimProvider(gpus, sim_dir)
         case Provider.NVML:
-            return await NvmlProvider.open(gpus)
+            return await NvmlProvider.open(gpus, probe_socket)
         case Provider.AUTO:
             try:
-                return await NvmlProvider.open(gpus)
+                return await NvmlProvider.open(gpus, probe_socket)
             except NoDriverError:
                 return StaticProvider(Gpus())

@@ -4,6 +4,8 @@ import asyncio
 import json
 import sys
 from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from mmd.config import Gpus
@@ -25,22 +27,34 @@ class NoDriverError(MmdError):
 
 
 class NvmlProvider:
-    """See `mmd.gpu.GpuProvider`. The probe is started when it is first needed, and again after it failed."""
+    """See `mmd.gpu.GpuProvider`. The probe is started when it is first needed, and again after it failed.
+
+    `probe_socket` is where systemd starts one (mmd-gpu-probe.socket), with the access to devices that the gateway has not. Where
+    it does not exist (a user's own instance, a test) the probe is a child of this process.
+    """
 
     measures = True
 
-    def __init__(self, gpus: Gpus, *, timeout_s: float = _TIMEOUT_S, start_timeout_s: float = _START_TIMEOUT_S) -> None:
-        selectors = (device.selector for device in gpus.devices if device.selector is not None)
-        self._arguments = [word for selector in selectors for word in ("--device", str(selector))]
+    def __init__(
+        self,
+        gpus: Gpus,
+        *,
+        probe_socket: Path | None = None,
+        timeout_s: float = _TIMEOUT_S,
+        start_timeout_s: float = _START_TIMEOUT_S,
+    ) -> None:
+        selectors = [str(device.selector) for device in gpus.devices if device.selector is not None]
+        self._question = json.dumps(selectors).encode() + b"\n"
+        self._probe_socket = probe_socket
         self._timeout_s = timeout_s
         self._start_timeout_s = start_timeout_s
-        self._process: asyncio.subprocess.Process | None = None
+        self._probe: _Probe | None = None
         self._lock = asyncio.Lock()
 
     @classmethod
-    async def open(cls, gpus: Gpus) -> "NvmlProvider":
+    async def open(cls, gpus: Gpus, probe_socket: Path | None = None) -> "NvmlProvider":
         """A provider that has answered once; NoDriverError, MmdError."""
-        provider = cls(gpus)
+        provider = cls(gpus, probe_socket=probe_socket)
         try:
             await provider.sample()
         except BaseException:
@@ -59,57 +73,77 @@ class NvmlProvider:
 
     async def close(self) -> None:
         """End the probe."""
-        process, self._process = self._process, None
-        if process is not None:
-            if process.returncode is None:
-                process.kill()
-            await process.wait()
+        probe, self._probe = self._probe, None
+        if probe is not None:
+            await probe.end()
 
     async def _ask(self) -> dict[str, Any]:
         """One line to the probe and one back; a probe that fails at that is ended, and the next call starts another."""
-        timeout_s = self._timeout_s if self._process is not None else self._start_timeout_s
+        timeout_s = self._timeout_s if self._probe is not None else self._start_timeout_s
         try:
             async with asyncio.timeout(timeout_s):
-                return await self._exchange(self._process or await self._start())
+                if self._probe is None:
+                    self._probe = await _start(self._probe_socket)
+                return await self._probe.exchange(self._question)
         except TimeoutError:
             await self.close()
             raise MmdError(f"the GPU probe did not answer within {timeout_s:g} s", hint="nvidia-smi") from None
         except (OSError, EOFError, ValueError) as error:
-            status = await self._status()
-            raise MmdError(f"the GPU probe ended with status {status}: {error}", hint="nvidia-smi") from error
+            status = "" if self._probe is None else await self._probe.status()
+            await self.close()
+            raise MmdError(f"the GPU probe ended{status}: {error}", hint="nvidia-smi") from error
         except asyncio.CancelledError:  # its answer may still come, and would be taken for the next one's
             await self.close()
             raise
 
-    async def _start(self) -> asyncio.subprocess.Process:
-        self._process = await asyncio.create_subprocess_exec(
-            *(sys.executable, "-m", "mmd.gpu.probe", *self._arguments),
-            stdin=asyncio.subprocess.PIPE,
-            stdout=asyncio.subprocess.PIPE,
-            limit=_LINE_MAX_BYTES,
-        )
-        return self._process
 
-    async def _exchange(self, process: asyncio.subprocess.Process) -> dict[str, Any]:
-        assert process.stdin is not None
-        assert process.stdout is not None
-        process.stdin.write(b"\n")
-        await process.stdin.drain()
-        line = await process.stdout.readline()
+@dataclass(frozen=True, slots=True)
+class _Probe:
+    """A running probe: our child, or (process None) systemd's."""
+
+    reader: asyncio.StreamReader
+    writer: asyncio.StreamWriter
+    process: asyncio.subprocess.Process | None = None
+
+    async def exchange(self, question: bytes) -> dict[str, Any]:
+        self.writer.write(question)
+        await self.writer.drain()
+        line = await self.reader.readline()
         if not line:
             raise EOFError("no answer")
         answer: dict[str, Any] = json.loads(line)
         return answer
 
-    async def _status(self) -> int | None:
-        """How the probe ended. It is given a moment to: Popen.kill would reap a dead one and lose its status."""
-        process = self._process
-        if process is not None:
-            with suppress(TimeoutError):
-                async with asyncio.timeout(_EXIT_TIMEOUT_S):
-                    await process.wait()
-        await self.close()
-        return None if process is None else process.returncode
+    async def status(self) -> str:
+        """How a child ended. It is given a moment to: Popen.kill would reap a dead one and lose its status."""
+        if self.process is None:
+            return ""
+        with suppress(TimeoutError):
+            async with asyncio.timeout(_EXIT_TIMEOUT_S):
+                await self.process.wait()
+        return f" with status {self.process.returncode}"
+
+    async def end(self) -> None:
+        self.writer.close()
+        if self.process is None:
+            return
+        if self.process.returncode is None:
+            self.process.kill()
+        await self.process.wait()
+
+
+async def _start(probe_socket: Path | None) -> _Probe:
+    if probe_socket is not None and probe_socket.exists():
+        return _Probe(*await asyncio.open_unix_connection(probe_socket, limit=_LINE_MAX_BYTES))
+    process = await asyncio.create_subprocess_exec(
+        *(sys.executable, "-m", "mmd.gpu.probe"),
+        stdin=asyncio.subprocess.PIPE,
+        stdout=asyncio.subprocess.PIPE,
+        limit=_LINE_MAX_BYTES,
+    )
+    assert process.stdin is not None
+    assert process.stdout is not None
+    return _Probe(process.stdout, process.stdin, process)
 
 
 def _gpu(raw: dict[str, Any]) -> GpuMemory:

@@ -1,8 +1,9 @@
 """The program that talks to NVML, for those who must neither block nor open devices: `python -m mmd.gpu.probe`.
 
-For each line on stdin it prints one line of JSON: `{"gpus": [...]}` or `{"error": ..., "no_driver": bool}`. It ends when stdin
-does, and is killed with its parent even while a driver call hangs. `--once` prints one line without being asked. `--device X`
-(repeatable, an index or a UUID) restricts it to some GPUs.
+Each line on stdin is a JSON list of the GPUs that are meant, indexes or UUIDs as strings; an empty list means all. For each it
+prints one line: `{"gpus": [...]}` or `{"error": ..., "no_driver": bool}`. It ends when stdin does, and is killed with its parent
+even while a driver call hangs. `--once` answers for all GPUs without being asked. systemd runs it with a socket as stdin and
+stdout (mmd-gpu-probe@.service).
 
 NVML (nvidia-ml-py): memory info version 2 tells what the driver keeps (`reserved`) apart from what programs use; version 1, on
 drivers before 510, counts it as used. Process ids are the host's. A process's memory may be unknown (None).
@@ -36,15 +37,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Answer until stdin ends."""
     parser = argparse.ArgumentParser(prog="python -m mmd.gpu.probe", description="GPU memory as lines of JSON")
     parser.add_argument("--once", action="store_true")
-    parser.add_argument("--device", action="append", default=[])
     arguments = parser.parse_args(argv)
     parent = os.getppid()
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, int(signal.SIGKILL), 0, 0, 0)
     if os.getppid() != parent:  # it died before the kernel was told
         return 1
     with redirect_stdout(sys.stderr):  # whatever a library prints must not become an answer
-        for _ in [""] if arguments.once else sys.stdin:
-            print(json.dumps(_answer(arguments.device)), file=sys.__stdout__, flush=True)
+        for line in ["[]"] if arguments.once else sys.stdin:
+            print(json.dumps(_answer(json.loads(line))), file=sys.__stdout__, flush=True)
     return 0
 
 

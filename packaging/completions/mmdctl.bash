@@ -7,7 +7,7 @@ _mmdctl() {
         [list]="--json -q --quiet"
         [show]="--json"
         [version]="--json"
-        [start]="--placement --no-wait --json"
+        [start]="--no-wait --json"
         [stop]="--all --force --no-wait --json"
         [restart]="--force --no-wait --json"
         [sleep]="--all --force --level --no-wait --json"
@@ -37,7 +37,6 @@ _mmdctl() {
 
     case $previous in
         --level) choices="1 2" ;;
-        --placement) choices="0 0-1 cpu" ;;
         --socket)
             compopt -o filenames
             mapfile -t COMPREPLY < <(compgen -f -- "$current")

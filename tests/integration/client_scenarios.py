@@ -43,7 +43,7 @@ TEMPLATES = {
     "unmet": "[Unit]\nConditionPathExists=/nonexistent\n[Service]\nExecStart=/bin/sleep 1000\n",
     "sleeps": "[Service]\nType=exec\nExecStart=/bin/sleep 1000\nLogExtraFields=MMD_MODEL=sleeps MMD_ROLE=model\n",
     "speaks": (
-        "[Service]\nType=exec\nLogExtraFields=MMD_MODEL=a/model MMD_ROLE=model\n"
+        "[Service]\nType=exec\nLogExtraFields=MMD_MODEL=speaks MMD_ROLE=model\n"
         "ExecStart=/bin/sh -c 'echo \"<3>engine says \xe9\u2713\"; exec sleep 1000'\n"
     ),
     "chatty": (
@@ -410,7 +410,7 @@ async def logs() -> None:
     async with connected() as (systemd, _):
         assert await systemd.start(unit("speaks")) is JobResult.DONE
         assert await systemd.start(unit("sleeps")) is JobResult.DONE
-        argv = journal.command("a/model", "mmd-model-speaks@*.service", follow=True, output="json", fields=journal.ENTRY_FIELDS)
+        argv = journal.command("speaks", "mmd-model-speaks@*.service", follow=True, output="json", fields=journal.ENTRY_FIELDS)
         await show("engine says", "Started", argv)
         every = journal.command(None, "mmd-model-*@*.service", output="json", fields=journal.ENTRY_FIELDS)
         async with aclosing(journal.entries(every)) as entries:
@@ -427,7 +427,7 @@ async def show(engine_text: str, systemd_text: str, argv: list[str], *, user_uni
             if len(found) == 2:
                 break
     engine, manager = found[engine_text], found[systemd_text]
-    assert (engine.message, engine.model, engine.priority) == ("engine says \xe9\u2713", "a/model", 3)
+    assert (engine.message, engine.model, engine.priority) == ("engine says \xe9\u2713", "speaks", 3)
     assert (manager.model, manager.identifier, manager.unit) == ("", "systemd", unit("speaks"))
     assert engine.pid != manager.pid
     assert abs(engine.time - time.time()) < 60
@@ -448,7 +448,7 @@ async def user_manager() -> None:
         assert await systemd.start(unit("speaks")) is JobResult.DONE
         assert [state.unit for state in await systemd.list_models()] == [unit("speaks")]
         argv = journal.command(
-            "a/model", "mmd-model-speaks@*.service", user=True, follow=True, output="json", fields=journal.ENTRY_FIELDS
+            "speaks", "mmd-model-speaks@*.service", user=True, follow=True, output="json", fields=journal.ENTRY_FIELDS
         )
         await show("engine says", "Started", argv, user_unit=True)
         assert await systemd.stop(unit("speaks")) is JobResult.DONE

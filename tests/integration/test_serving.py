@@ -1,5 +1,7 @@
 """One request starts a model: the whole path through systemd, with simulated engines of which two do not fit together."""
 
+import json
+import socket
 import time
 from collections.abc import Iterator
 
@@ -112,12 +114,43 @@ def test_mmdctl_stops_starts_and_restarts(serving: Installation) -> None:
     assert serving.show("mmd-model-first@0.service", "InvocationID") != before
 
 
+def test_an_operator_need_not_wait_for_a_start(serving: Installation) -> None:
+    serving.ctl("stop", "second")
+    told = json.loads(serving.ctl("start", "--no-wait", "--json", "second").stdout)
+    assert not told["done"]
+    assert told["state"] != "ready"
+    serving.wait_until(lambda: _states(serving)["second"] == "ready", 10)
+
+
+def test_a_restart_goes_on_when_its_operator_has_left(serving: Installation) -> None:
+    assert chat("second").status == 200
+    before = serving.show("mmd-model-second@0.service", "InvocationID")
+    with socket.socket(socket.AF_UNIX) as operator:
+        operator.settimeout(10)
+        operator.connect(str(serving.path("/run/mmd/admin.sock")))
+        operator.sendall(b"POST /api/v1/models/second/restart HTTP/1.1\r\nHost: mmd\r\nContent-Length: 0\r\n\r\n")
+        heard = b""
+        while b'"state"' not in heard:
+            heard += operator.recv(4096)
+        assert b'"done": false' in heard
+    serving.wait_until(lambda: _states(serving)["second"] == "ready", 10)
+    assert serving.show("mmd-model-second@0.service", "InvocationID") not in {"", before}
+
+
+def test_a_unit_started_by_hand_is_taken_over(serving: Installation) -> None:
+    serving.ctl("stop", "--all")
+    serving.systemctl("start", "mmd-model-second@0.service")
+    serving.wait_until(lambda: _states(serving)["second"] == "ready", 5)
+    assert chat("org/first").status == 200
+    assert _states(serving)["second"] == "sleeping", "and makes room like any other"
+
+
 def test_the_tools_people_have_see_everything(serving: Installation) -> None:
     assert chat("org/first").status == 200
     unit = serving.systemctl("cat", "mmd-model-first@0.service")
     assert "mmd-runner" in unit
     assert "mmd-sim" in unit
-    assert "Application startup complete" in serving.journal("MMD_MODEL=org/first")
+    assert "Application startup complete" in serving.journal("MMD_MODEL=first")
     assert "Started" in serving.ctl("logs", "org/first").stdout
 
 

@@ -32,6 +32,10 @@ def test_reload_is_sandboxed() -> None:
     assert exposure(UNITS / "mmd-reload.service") <= 2.0
 
 
+def test_probe_is_sandboxed() -> None:
+    assert exposure(UNITS / "mmd-gpu-probe@.service") <= 2.0
+
+
 @pytest.fixture(scope="module")
 def units(booted: Testbed) -> Testbed:
     """The shipped units, users, directories and the polkit rule in place; the sockets and programs are stand-ins."""
@@ -39,7 +43,7 @@ def units(booted: Testbed) -> Testbed:
         booted.write(f"/usr/lib/systemd/system/{unit.name}", unit.read_text())
     for unit in USERS_OWN:
         booted.write(f"/usr/lib/systemd/user/{unit.name}", unit.read_text())
-    for program in ("mmd-gateway", "mmdctl"):
+    for program in ("mmd-gateway", "mmdctl", "python"):
         booted.write(f"/usr/lib/mmd/bin/{program}", "#!/bin/sh\n", mode=0o755)
     socket = "[Socket]\nListenStream=/run/mmd/{0}.sock\nService=mmd-gateway.service\n"
     for directory in ("system", "user"):

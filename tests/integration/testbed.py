@@ -41,9 +41,10 @@ class Testbed:
 
     __test__ = False  # pytest would collect it for its name
 
-    def __init__(self, *, private_network: bool = True, layers: Sequence[Path] = ()) -> None:
+    def __init__(self, *, private_network: bool = True, layers: Sequence[Path] = (), binds: Sequence[str] = ()) -> None:
+        """`binds`: what else of the host is visible, read-only, as HOST or HOST:INSIDE."""
         self.name = f"test-{os.getpid()}-{uuid.uuid4().hex[:8]}"
-        options = ["--bind-ro", str(CHECKOUT)]
+        options = [word for bind in (str(CHECKOUT), *binds) for word in ("--bind-ro", bind)]
         options += ["--private-network"] if private_network else []
         for layer in layers:
             options += ["--layer", str(layer)]
@@ -151,8 +152,8 @@ class Installation(Testbed):
     api = "http://127.0.0.1:8000"
     """The OpenAI API, inside the testbed's network."""
 
-    def __init__(self) -> None:
-        super().__init__(layers=[prepared_layer()])
+    def __init__(self, *, binds: Sequence[str] = ()) -> None:
+        super().__init__(layers=[prepared_layer()], binds=binds)
         self.write("/etc/mmd/mmd.yaml", "gpus: {provider: sim, devices: [{memory: 24GiB}]}\n")
         try:
             self.up("--no-request")

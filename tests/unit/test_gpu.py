@@ -253,7 +253,7 @@ def test_the_probe_dies_with_its_parent_even_while_it_hangs(nvml: Callable[[str]
         "async def main():\n"
         "    provider = NvmlProvider(Gpus())\n"
         "    await provider.sample()\n"
-        "    print(provider._process.pid, flush=True)\n"
+        "    print(provider._probe.process.pid, flush=True)\n"
         "    input()\n"
         "    await provider.sample()\n"
         "asyncio.run(main())\n"

@@ -1,0 +1,66 @@
+"""GPUs through the sandboxed probe unit: the real pynvml over a fake libnvidia-ml.so.1, asked by a gateway without devices."""
+
+import subprocess
+from collections.abc import Iterator
+
+import pytest
+from client import chat
+from testbed import CHECKOUT, Installation
+
+_GIB = 1 << 30
+_DROP_IN = """[Service]
+Environment=LD_LIBRARY_PATH=/opt/fakenvml FAKE_NVML_STATE=/opt/fakenvml/state
+"""
+_MODELS = """
+gpus: {provider: auto}
+models:
+  tiny: {engine: command, command: ["/bin/true"], vram: 10GiB}
+  large: {engine: command, command: ["/bin/true"], vram: 23GiB}
+"""
+
+
+@pytest.fixture(scope="module")
+def machine(installed: Installation) -> Iterator[Installation]:
+    library = installed.path("/opt/fakenvml/libnvidia-ml.so.1")
+    library.parent.mkdir(parents=True)
+    source = CHECKOUT / "tests/unit/fakenvml/fakenvml.c"
+    subprocess.run(["gcc", "-shared", "-fPIC", "-D_DEFAULT_SOURCE", "-o", library, source], check=True)
+    installed.write("/etc/systemd/system/mmd-gpu-probe@.service.d/fake.conf", _DROP_IN)
+    _use(installed, 0)
+    installed.configure(_MODELS)
+    yield installed
+    installed.stop_all()
+
+
+def _use(machine: Installation, gib: int) -> None:
+    machine.write("/opt/fakenvml/state.new", f"gpu GPU-fake {24 * _GIB} 0 {gib * _GIB}\n")
+    machine.path("/opt/fakenvml/state.new").rename(machine.path("/opt/fakenvml/state"))
+
+
+def test_the_gateway_sees_the_gpus_through_the_probe(machine: Installation) -> None:
+    gpu = machine.status()["gpus"][0]
+    assert gpu["uuid"] == "GPU-fake"
+    assert gpu["total_bytes"] == 24 * _GIB
+    assert gpu["budget_bytes"] == 23 * _GIB
+    assert "mmd-gpu-probe@" in machine.systemctl("list-units", "--plain", "--no-legend", "mmd-gpu-probe@*")
+
+
+def test_memory_that_others_use_leaves_the_budget(machine: Installation) -> None:
+    _use(machine, 12)
+    machine.wait_until(lambda: machine.status()["gpus"][0]["budget_bytes"] == 11 * _GIB, 10)
+    _use(machine, 0)
+    machine.wait_until(lambda: machine.status()["gpus"][0]["budget_bytes"] == 23 * _GIB, 10)
+
+
+def test_a_killed_probe_is_asked_again(machine: Installation) -> None:
+    machine.systemctl("kill", "--signal=KILL", "mmd-gpu-probe@*")
+    _use(machine, 5)
+    machine.wait_until(lambda: machine.status()["gpus"][0]["used_bytes"] == 5 * _GIB, 10)
+    assert machine.status()["gateway"]["problems"] == []
+    _use(machine, 0)
+
+
+def test_a_command_that_ends_at_once_is_said_to_have_done_so(machine: Installation) -> None:
+    answer = chat("tiny")
+    assert answer.status == 503
+    assert "exited with status 0" in answer.error["message"]
