@@ -20,6 +20,7 @@ from mmd.policy.events import Done, Observed, Phase
 from mmd.report import Report
 from mmd.scope import Scope
 from mmd.systemd.client import Systemd
+from mmd.systemd.errors import SystemdDisconnectedError, SystemdTimeoutError
 from mmd.systemd.unit import ActiveState, UnitState
 
 __all__ = ["Lifecycle"]
@@ -67,7 +68,7 @@ class Lifecycle:
     async def perform(self, action: UnitAction) -> Done:
         """Carry out one action. Failures are part of the answer; nothing but a cancellation is raised."""
         begun = time.monotonic()
-        reason, held = "", None
+        reason, held, interrupted = "", None, False
         try:
             match action:
                 case Start(unit):
@@ -79,12 +80,12 @@ class Lifecycle:
                 case Wake(unit, level):
                     await self._wake(unit, level)
         except MmdError as error:
-            reason = str(error)
+            reason, interrupted = str(error), isinstance(error, SystemdDisconnectedError | SystemdTimeoutError)
             _log.warning("%s of %s failed: %s", type(action).__name__.lower(), action.unit, error)
         seen = await self._observe_again(action.unit, reason)
         wanted = {Start: Phase.READY, Wake: Phase.READY, Sleep: Phase.SLEEPING, Stop: Phase.STOPPED}[type(action)]
         ok = not reason and seen.phase is wanted
-        return Done(action, seen, ok, time.monotonic() - begun, held)
+        return Done(action, seen, ok, time.monotonic() - begun, held, interrupted)
 
     async def _observe_again(self, unit: UnitName, reason: str) -> Observed:
         """Read the unit after an action; while systemd is out of reach, keep trying: nothing may be decided on a guess."""
@@ -108,9 +109,12 @@ class Lifecycle:
             return self._failed(unit, state, report)
         if phase is not Phase.READY:
             self._known.pop(unit, None)
-            return Observed(unit, phase, definition=definition)
+            return Observed(unit, phase, definition=definition, age_s=_age_s(state.since))
         level = await self._level(unit, state, report)
-        return Observed(unit, Phase.SLEEPING if level else Phase.READY, level, definition)
+        if level == 0:
+            return Observed(unit, Phase.READY, definition=definition, age_s=_age_s(state.since))
+        asleep_since = self._sleepers.since(unit, state.invocation_id)
+        return Observed(unit, Phase.SLEEPING, level, definition, age_s=_age_s(asleep_since))
 
     def _report(self, unit: UnitName) -> Report | None:
         report = Report.read(self._scope.unit_dir(unit))
@@ -120,16 +124,18 @@ class Lifecycle:
 
     def _failed(self, unit: UnitName, state: UnitState, report: Report | None) -> Observed:
         self._known.pop(unit, None)
+        failed = Observed(unit, Phase.FAILED, age_s=_age_s(state.since))
         if report is not None and report.failure is not None:
-            return Observed(unit, Phase.FAILED, definition=report.definition, reason=report.message, tail=report.tail)
+            return replace(failed, definition=report.definition, reason=report.message, tail=report.tail)
+        journal = f"journalctl -u {unit}"
         words = {
+            "exit-code": f"its runner never came to run or ended with status {state.exit_status}: {journal}",
             "signal": f"its runner was killed by signal {state.exit_status}",
             "watchdog": "it stopped answering its watchdog",
             "timeout": "it did not become ready in time",
             "oom-kill": "the kernel killed it for want of host memory",
-            "start-limit-hit": "it has been restarted too often",
         }
-        return Observed(unit, Phase.FAILED, reason=words.get(state.result, f"its unit failed ({state.result})"))
+        return replace(failed, reason=words.get(state.result, f"its unit failed ({state.result})"))
 
     async def _level(self, unit: UnitName, state: UnitState, report: Report | None) -> int:
         """The sleep level of a running engine, 0 when it is awake; the engine is asked once per run of its unit."""
@@ -211,3 +217,8 @@ class Lifecycle:
 
     async def close(self) -> None:
         await self.engines.close()
+
+
+def _age_s(since: float | None) -> float:
+    """Seconds since a time in Unix seconds; 0 when that is not known (0 or None) or lies in the future: the clock was set."""
+    return max(0.0, time.time() - since) if since else 0.0

@@ -62,12 +62,12 @@ def claim(state: State, now: float) -> list[Action]:
         words = fits_ever(state, model)
         if words is not None:
             actions += refuse_all(state, model.name, Refusal.NEVER_FITS, words, retry_after_s=None)
-        elif now >= _wakes_at(state, model):
+        elif now >= _not_before(state, model):
             impatient = now - state.queues[model.name][0].since >= state.config.policy.max_wait_s
             _promise(state, plan(state, model, now, impatient=impatient))
     for name in sorted(state.preload - state.claims.keys()):
         model = state.config.models[name]
-        if not _under_way(state, model) and fits_ever(state, model) is None:
+        if now >= _not_before(state, model) and not _under_way(state, model) and fits_ever(state, model) is None:
             _promise(state, plan(state, model, now, impatient=False, evict=False))
     return actions
 
@@ -80,9 +80,11 @@ def _promise(state: State, claim: Claim | None) -> None:
         state.instances[unit].gate_open = False
 
 
-def _wakes_at(state: State, model: Model) -> float:
-    """When a sleeping model may wake again (idle.min_sleep)."""
-    return max((i.since + model.idle.min_sleep_s for i in state.instances_of(model) if i.phase is Phase.SLEEPING), default=0.0)
+def _not_before(state: State, model: Model) -> float:
+    """When a model may start or wake again: after a failure, after idle.min_sleep."""
+    failures = state.failures.get(model.name)
+    asleep = (i.since + model.idle.min_sleep_s for i in state.instances_of(model) if i.phase is Phase.SLEEPING)
+    return max((failures.retry_at if failures else 0.0, *asleep))
 
 
 def advance(state: State, now: float) -> list[Action]:

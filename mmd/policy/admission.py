@@ -48,7 +48,7 @@ def _hopeless(state: State, model: Model, event: Arrived, now: float) -> Refuse 
 
 def _failed_lately(state: State, model: Model, event: Arrived, now: float) -> Refuse | None:
     failures = state.failures.get(model.name)
-    if failures is None or not (failures.final or now < failures.retry_at):
+    if failures is None or not (failures.final or (now < failures.retry_at and not failures.crashed)):
         return None
     if failures.final:
         message = f"{failures.reason}; it failed {failures.count} times in a row: mmdctl reset {model.name}"

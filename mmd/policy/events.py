@@ -51,6 +51,8 @@ class Observed:
     """Why it failed."""
     tail: tuple[str, ...] = ()
     """The engine's last log lines, when it failed."""
+    age_s: float = 0.0
+    """How long ago it came into this state. Counts where the unit is seen for the first time: it was adopted."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,6 +65,8 @@ class Done:
     elapsed_s: float = 0.0
     held_bytes: int | None = None
     """GPU memory still held per GPU, measured after a sleep; None when nothing can measure it."""
+    interrupted: bool = False
+    """systemd was out of reach: nothing is known to be wrong with the model, and the action may be tried again."""
 
 
 @dataclass(frozen=True, slots=True)

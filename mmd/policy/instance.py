@@ -36,12 +36,15 @@ class Claim:
 
 @dataclass(slots=True)
 class Failures:
-    """Starts of a model that failed in a row."""
+    """Failed starts and crashes of a model, one after the other."""
 
     count: int
+    at: float
     retry_at: float
     reason: str
     tail: tuple[str, ...]
+    crashed: bool = False
+    """The last one was a crash of an engine that had been ready: its waiters go on waiting for the next try."""
     final: bool = False
     """No further start before a reset."""
 
@@ -65,7 +68,10 @@ class Instance:
     """Closed: new requests queue instead of being admitted, so that it can drain."""
     ready_since: float = 0.0
     """When it last became ready; waking up does not count."""
+    spared_until: float = 0.0
+    """Adopted: no idle timer ends before this time, since its last activity is not known."""
     last_activity: float = 0.0
+    """When a request was last admitted or ended; 0: none that we know of."""
     held_bytes: int | None = None
     """Measured per GPU while asleep."""
     release: Release | None = None

@@ -88,8 +88,8 @@ def _candidate(state: State, instance: Instance, now: float) -> Candidate:
 
 
 def deepest_sleep(instance: Instance) -> int:
-    """The level that eviction and idling put this instance to sleep at; 0: it cannot or may not sleep."""
-    if instance.model is None or not engine(instance.model.engine).can_sleep:
+    """The level that eviction and idling put this instance to sleep at; 0: it cannot, may not, or would free nothing."""
+    if instance.model is None or not instance.model.gpu_count or not engine(instance.model.engine).can_sleep:
         return 0
     return instance.model.sleep_level
 

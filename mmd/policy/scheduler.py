@@ -30,12 +30,17 @@ from mmd.policy.state import State
 
 __all__ = ["Scheduler"]
 
-# After a failed start, the next may come after 2, 4, 8 s; the fourth failure in a row is final until `mmdctl reset`.
+# After a failure the next start may come after 2, 4, 8 s; the fourth in ten minutes is final until `mmdctl reset`. An engine
+# that crashes for the first time is started again at once.
 _BACK_OFF_S = 2.0
 _MAX_FAILURES = 4
+_FORGET_S = 600.0
 
 # After any other action failed (systemd out of reach, a right missing): long enough not to spin, short enough for a user.
 _RETRY_S = 2.0
+
+# An adopted model is spared its idle timers for this long: its clients may have waited for the gateway to come back.
+_SPARED_S = 10.0
 
 
 class Scheduler:
@@ -133,9 +138,7 @@ class Scheduler:
             self.state.instances.pop(seen.unit, None)
             return []
         if instance is None:
-            instance = Instance(seen.unit, self.state.model_of(seen.unit), seen.phase, now)
-            instance.ready_since = now
-            self.state.instances[seen.unit] = instance
+            instance = self.state.instances[seen.unit] = self._adopt(seen, now)
         was = instance.phase
         instance.observe(seen, now)
         if seen.phase is Phase.READY and was is not Phase.READY:
@@ -143,7 +146,15 @@ class Scheduler:
         if seen.phase is Phase.FAILED:
             instance.release = None
         self._check_definition(instance, now)
-        return self._fail(instance, now) if seen.phase is Phase.FAILED and was is not Phase.FAILED else []
+        failed = seen.phase is Phase.FAILED and was is not Phase.FAILED
+        return self._fail(instance, now, crashed=was in (Phase.READY, Phase.SLEEPING)) if failed else []
+
+    def _adopt(self, seen: Observed, now: float) -> Instance:
+        """An instance that somebody else started, or that an earlier gateway left behind."""
+        began = now - seen.age_s
+        instance = Instance(seen.unit, self.state.model_of(seen.unit), seen.phase, began, level=seen.level)
+        instance.ready_since, instance.spared_until = began, now + _SPARED_S
+        return instance
 
     def _done(self, event: Done, now: float) -> list[Action]:
         action, seen = event.action, event.observed
@@ -152,7 +163,7 @@ class Scheduler:
             return []  # overtaken by a stop: that one's Done counts
         instance.pending = None
         actions = self._observe(seen, now)
-        if isinstance(action, Start) and seen.phase is Phase.STOPPED:
+        if isinstance(action, Start) and seen.phase is Phase.STOPPED and not event.interrupted:
             instance.reason = seen.reason or "its unit did not start"
             actions += self._fail(instance, now)
         if event.ok:
@@ -172,7 +183,6 @@ class Scheduler:
         match event.action:
             case Start():
                 traffic.start_s = event.elapsed_s
-                self.state.failures.pop(instance.model.name, None)
             case Wake():
                 traffic.wake_s = event.elapsed_s
             case Sleep(level=level):
@@ -180,18 +190,21 @@ class Scheduler:
                 if event.held_bytes is not None:
                     traffic.held_bytes[level] = event.held_bytes
 
-    def _fail(self, instance: Instance, now: float) -> list[Action]:
-        """Count a failure against its model and tell everybody who waits for it why."""
+    def _fail(self, instance: Instance, now: float, *, crashed: bool = False) -> list[Action]:
+        """Count a failure against its model. Whoever waits is told why, unless a crashed engine gets another chance."""
         model = self.state.model_of(instance.unit)
         if model is None:
             return []
         before = self.state.failures.get(model.name)
-        count = before.count + 1 if before else 1
+        count = before.count + 1 if before and now - before.at < _FORGET_S else 1
         final = count >= _MAX_FAILURES
-        retry_at = now + _BACK_OFF_S * 2 ** (count - 1)
+        retry_at = now if crashed and count == 1 else now + _BACK_OFF_S * 2 ** (count - 1)
         reason = f"{model.name}: {instance.reason or 'the unit failed'}"
-        self.state.failures[model.name] = Failures(count, retry_at, reason, instance.tail, final)
+        self.state.failures[model.name] = Failures(count, now, retry_at, reason, instance.tail, crashed, final)
         self.state.preload.discard(model.name)
+        if crashed and not final:
+            self.state.preload |= {model.name} if model.preload else set()
+            return []
         retry_s = None if final else retry_at - now
         return admission.refuse_all(
             self.state, model.name, Refusal.START_FAILED, reason, retry_after_s=retry_s, tail=instance.tail

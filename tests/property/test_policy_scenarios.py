@@ -7,7 +7,7 @@ from world import GIB, Unit, World, config_of, sim
 from mmd.config import Config, Evict, Idle
 from mmd.names import Placement, UnitName
 from mmd.policy.actions import Admit, Refusal, Refuse, Sleep, Start, Stop, Wake
-from mmd.policy.events import GpuSample, Observed, Phase, Reconfigured, Sampled, Unreachable
+from mmd.policy.events import Done, GpuSample, Observed, Phase, Reconfigured, Sampled, Unreachable
 
 
 def unit(model: str, *gpus: int) -> UnitName:
@@ -277,6 +277,52 @@ def test_running_and_sleeping_units_are_adopted() -> None:
     assert last(world) == Wake(unit("a"), 1)
 
 
+def adopt(world: World, model: str, age_s: float) -> None:
+    """A model that became ready before the gateway came."""
+    world.units[unit(model)] = Unit(Phase.READY)
+    world.post(Observed(unit(model), Phase.READY, 0, "d1", age_s=age_s))
+
+
+def test_idle_timers_of_an_adopted_model_count_from_when_it_became_ready() -> None:
+    world = World(config_of(sim("a", 14, idle=Idle(sleep_after_s=60, stop_after_s=300))), 24)
+    adopt(world, "a", 40)
+    world.pass_time(19)
+    assert not world.pending
+    world.pass_time(2)
+    assert isinstance(last(world), Sleep)
+    world.complete(unit("a"))
+    world.pass_time(238)
+    assert not world.pending
+    world.pass_time(2)
+    assert last(world) == Stop(unit("a")), "300 s after it became ready"
+
+
+def test_min_residency_of_an_adopted_model_counts_from_when_it_became_ready() -> None:
+    world = World(config_of(sim("a", 14), sim("b", 16)), 24)
+    adopt(world, "a", 4)
+    world.arrive("b")
+    world.pass_time(5)
+    assert not world.pending
+    world.pass_time(1.5)
+    assert isinstance(last(world), Sleep)
+
+
+def test_an_adopted_model_is_not_idle_before_those_who_use_it_had_their_chance() -> None:
+    world = World(config_of(sim("a", 14, idle=Idle(stop_after_s=300))), 24)
+    adopt(world, "a", 5000)
+    assert not world.pending
+    world.pass_time(5)
+    serve(world, "a")
+    world.pass_time(299)
+    assert not world.pending, "and from then on its last activity is known"
+    world.pass_time(2)
+    assert last(world) == Stop(unit("a"))
+    world = World(config_of(sim("a", 14, idle=Idle(stop_after_s=300))), 24)
+    adopt(world, "a", 5000)
+    world.pass_time(11)
+    assert last(world) == Stop(unit("a"))
+
+
 def test_nobody_listening_means_restart_and_the_request_goes_first() -> None:
     world = World(config_of(sim("a", 14)), 24)
     request = world.arrive("a")
@@ -327,3 +373,29 @@ def test_a_request_waits_for_wait_limit_at_most() -> None:
     world.pass_time(601)
     assert isinstance(world.refused[request], Refuse)
     assert world.refused[request].why is Refusal.WAITED_TOO_LONG
+
+
+def test_a_start_that_systemd_did_not_hear_of_is_no_failure_of_the_model() -> None:
+    world = World(config_of(sim("a", 14)), 24)
+    request = world.arrive("a")
+    action = world.pending.pop(unit("a"))
+    del world.units[unit("a")]
+    world.post(Done(action, Observed(unit("a"), Phase.STOPPED, reason="disconnected"), ok=False, interrupted=True))
+    assert last(world) == Start(unit("a"))
+    world.complete(unit("a"))
+    assert request in world.admitted
+
+
+def test_a_crashed_engine_is_started_again_at_once_and_a_crash_loop_ends_in_failed() -> None:
+    world = World(config_of(sim("a", 14)), 24)
+    for crashes in range(1, 4):
+        serve(world, "a")
+        world.crash(unit("a"))
+        waiter = world.arrive("a")
+        assert waiter in world.waiting, "it is not refused, but waits for the next try"
+        assert bool(world.pending) == (crashes == 1), "the first time at once, then after a while"
+        world.pass_time(2.0**crashes + 0.1)
+        world.complete(unit("a"))
+        world.finish(waiter)
+    world.crash(unit("a"))
+    assert "mmdctl reset a" in world.refused[world.arrive("a")].message
