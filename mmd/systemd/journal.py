@@ -1,8 +1,8 @@
 """The journal: the command of `mmdctl logs`, and a reader of entries as they come.
 
-Model units mark what their processes write with the fields MMD_MODEL and MMD_ROLE (LogExtraFields=, systemd.exec(5)). systemd
-252 does not mark its own lines about a unit ("Started ...", "Failed ..."): those carry UNIT=, or USER_UNIT= from a user
-manager. A match takes no globs, so the instances that systemd has ever logged about are looked up first.
+Model units mark what their processes write with the fields MMD_MODEL, the model's unit id, and MMD_ROLE (LogExtraFields=,
+systemd.exec(5)). systemd 252 does not mark its own lines about a unit ("Started ...", "Failed ..."): those carry UNIT=, or
+USER_UNIT= from a user manager. A match takes no globs, so the instances that systemd has ever logged about are looked up first.
 """
 
 import asyncio
@@ -39,7 +39,7 @@ class JournalEntry:
     priority: int
     """0 (emergency) to 7 (debug)."""
     model: str
-    """The model whose process wrote it; empty for systemd's own lines."""
+    """Unit id of the model whose process wrote it; empty for systemd's own lines."""
     unit: str
     """The unit that wrote it, or that systemd wrote it about."""
     identifier: str
@@ -57,9 +57,10 @@ def command(
     output: str | None = None,
     fields: Sequence[str] = (),
 ) -> list[str]:
-    """The journalctl command line for a model's lines and systemd's lines about its units (`unit_glob`); None: all models.
+    """The journalctl command line for a model's lines and systemd's lines about its units (`unit_glob`).
 
-    `lines`, `since` and `output` are what journalctl(1) takes. MmdError when journalctl cannot be run.
+    `model` is a unit id; None: all models. `lines`, `since` and `output` are what journalctl(1) takes. MmdError when journalctl
+    cannot be run.
     """
     argv = ["journalctl", *(["--follow"] if follow else [])]
     argv += [f"--lines={lines}"] if lines is not None else []
@@ -69,9 +70,10 @@ def command(
     # Not --user: that reads journals split by user only, of which there are none when the journal is volatile.
     owner = [f"_UID={os.getuid()}"] if user else []
     argv += [*owner, "MMD_ROLE=model" if model is None else f"MMD_MODEL={model}"]
-    unit_field = "USER_UNIT" if user else "UNIT"
-    units = sorted(fnmatch_filter(_values(unit_field), unit_glob))
-    if units:
+    # A user manager marks nothing (systemd.exec(5), LogExtraFields= is for system services): there the unit tells.
+    unit_fields = ("USER_UNIT", "_SYSTEMD_USER_UNIT") if user else ("UNIT",)
+    units = sorted(fnmatch_filter(_values(unit_fields[0]), unit_glob))
+    for unit_field in unit_fields if units else ():
         argv += ["+", *owner, *(f"{unit_field}={unit}" for unit in units)]
     return argv
 

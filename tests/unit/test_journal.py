@@ -34,10 +34,10 @@ def read(argv: list[str]) -> list[JournalEntry]:
 
 
 def test_one_model(journalctl: Path) -> None:
-    argv = command("Qwen/Qwen2.5-7B", "mmd-model-qwen@*.service")
+    argv = command("qwen", "mmd-model-qwen@*.service")
     assert argv == [
         "journalctl",
-        "MMD_MODEL=Qwen/Qwen2.5-7B",
+        "MMD_MODEL=qwen",
         "+",
         "UNIT=mmd-model-qwen@0-1.service",
         "UNIT=mmd-model-qwen@0.service",
@@ -49,7 +49,9 @@ def test_all_models_of_a_user(journalctl: Path) -> None:
     owner = f"_UID={os.getuid()}"
     argv = command(None, "mmd-model-*@*.service", user=True)
     assert argv[:5] == ["journalctl", owner, "MMD_ROLE=model", "+", owner]
-    assert argv[5:] == [f"USER_UNIT={unit}" for unit in sorted(INSTANCES[:3])]
+    units = sorted(INSTANCES[:3])
+    about, by = ([f"{field}={unit}" for unit in units] for field in ("USER_UNIT", "_SYSTEMD_USER_UNIT"))
+    assert argv[5:] == [*about, "+", owner, *by]
 
 
 def test_a_model_that_never_ran(journalctl: Path) -> None:
