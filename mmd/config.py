@@ -61,6 +61,8 @@ class Listen(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Gateway:
+    """The endpoint that clients talk to."""
+
     listen: tuple[str, ...] = ("127.0.0.1:8000",)
     admin_listen: tuple[str, ...] = ("127.0.0.1:8001",)
     admin_auth: AdminAuth = AdminAuth.KEY
@@ -83,6 +85,8 @@ class Device:
 
 @dataclass(frozen=True, slots=True)
 class Gpus:
+    """The GPUs that models share."""
+
     provider: Provider = Provider.AUTO
     reserve_bytes: int = 1 << 30
     devices: tuple[Device, ...] = ()
@@ -98,6 +102,8 @@ class Resources:
 
 @dataclass(frozen=True, slots=True)
 class Policy:
+    """Which model goes when another needs the room."""
+
     evict: Evict = Evict.MIN_LOSS
     max_wait_s: float = 60.0
     min_residency_s: float = 10.0
@@ -105,6 +111,8 @@ class Policy:
 
 @dataclass(frozen=True, slots=True)
 class Idle:
+    """What happens to a model that nobody uses."""
+
     sleep_after_s: float | None = None
     stop_after_s: float | None = None
     min_sleep_s: float = 0.0
@@ -112,6 +120,8 @@ class Idle:
 
 @dataclass(frozen=True, slots=True)
 class Health:
+    """How mmd knows that an engine works."""
+
     path: str = "/health"
     interval_s: float = 0.05
     timeout_s: float = 600.0
@@ -122,12 +132,16 @@ class Health:
 
 @dataclass(frozen=True, slots=True)
 class Limits:
+    """Limits of a model's unit, systemd.resource-control(5)."""
+
     memory_max_bytes: int | None = None
     cpu_weight: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class Sim:
+    """How a simulated engine behaves."""
+
     load_time_s: float = 2.0
     wake_time_s: float = 0.2
     tokens_per_second: float = 200.0
@@ -187,6 +201,8 @@ class Model:
 
 @dataclass(frozen=True, slots=True)
 class Config:
+    """All of it."""
+
     gateway: Gateway = Gateway()
     gpus: Gpus = Gpus()
     resources: Resources = Resources()

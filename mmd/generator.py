@@ -33,6 +33,8 @@ _ERROR = "<3>"  # sd-daemon(3), SD_ERR
 
 @dataclass(frozen=True, slots=True)
 class _Arguments:
+    """The command line."""
+
     user: bool = False
     dry_run: bool = False
     by_systemd: bool = False
@@ -43,7 +45,7 @@ class _Arguments:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The program. 0: all is well; 1: there are problems, but every good unit was written; 2: it was called wrongly."""
-    gc.disable()  # a tenth of the time, and this process is gone before there is anything to collect
+    gc.disable()  # this process is gone before there is anything to collect
     words = list(sys.argv[1:] if argv is None else argv)
     if words == ["--help"]:
         print(_USAGE)
@@ -67,6 +69,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     else:
         problems = (*problems, *_write(units, arguments.output))
     _log(problems, by_systemd=arguments.by_systemd)
+    gc.freeze()  # or the interpreter looks through everything once more at its end, a tenth of the time
     return 1 if problems else 0
 
 

@@ -72,6 +72,8 @@ class BadValueError(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Kind:
+    """A kind of value."""
+
     noun: str
     """How the manual names it: `size`, `true or false`."""
     schema: Mapping[str, Any]
@@ -119,6 +121,8 @@ def _matching(
 
 @dataclass(frozen=True, slots=True)
 class _Quantity:
+    """A number with a unit."""
+
     pattern: str
     parse: Callable[[str], Any]
     write: Callable[[Any], str]

@@ -27,12 +27,10 @@ def quote(word: str, *, specified: str = "", variables: bool = True) -> str:
     `specified` is a text with specifiers (`%t/mmd-model/tiny@%i`) that is meant as it is wherever it occurs in the word. With
     `variables` the directive expands `$`.
     """
-    if isinstance(word, Specified):
-        return str(word)
+    if _PLAIN.fullmatch(word) or isinstance(word, Specified):
+        return word
     if specified and specified in word:
         return '"' + specified.join(_escaped(piece, variables) for piece in word.split(specified)) + '"'
-    if _PLAIN.fullmatch(word):
-        return word
     return f'"{_escaped(word, variables)}"'
 
 

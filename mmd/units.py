@@ -5,6 +5,7 @@ placement (mmd.names), which the runner receives as `%i`.
 """
 
 import re
+from _blake2 import blake2b  # hashlib would load OpenSSL: 5 ms of the generator's 60
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 
@@ -16,12 +17,7 @@ from mmd.problem import Problem
 from mmd.sandbox import sandbox
 from mmd.scope import Scope, ScopeKind
 from mmd.sizes import sized
-from mmd.unitfile import Specified, assignment, command_line, escape, quote
-
-try:  # hashlib loads OpenSSL: 5 ms of the generator's 60. The standard library's `random` imports SHA-2 like this, too.
-    from _sha256 import sha256  # type: ignore[import-not-found]
-except ImportError:  # Python 3.12 and later
-    from _sha2 import sha256  # type: ignore[import-not-found]
+from mmd.unitfile import Specified, assignment, command_line, escape
 
 __all__ = ["SOCKETS_WANTS", "Units", "definition", "model_unit", "model_unit_name", "render_units", "socket_units"]
 
@@ -32,7 +28,7 @@ _GATEWAY = "mmd-gateway.service"
 _PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 _TCP_HOSTS = {"localhost": "127.0.0.1"}  # systemd resolves no names, systemd.socket(5)
 
-_COMMENT = re.compile(r"(?m)^#.*\n")
+_COMMENT = re.compile(r"\n#.*")
 _UNKNOWN = Specified("\0")  # stands for the fingerprint while that is computed; no user's text holds a bare NUL
 
 _SUPERVISION = """\
@@ -43,10 +39,9 @@ TimeoutStopSec=30s
 WatchdogSec=30s
 # SIGTERM to the runner, which forwards it; SIGKILL to everything that is left.
 KillMode=mixed
-Restart=on-failure
-RestartSec=2s
-# 69: the engine failed before it was ever ready. What happens next is the gateway's decision.
-RestartPreventExitStatus=69
+# Whether and when it comes back is the gateway's decision: it alone knows whether its memory is free. A sleeping model that
+# systemd restarted would come back awake, on a GPU that has been given to another one.
+Restart=no
 # When memory is short, models go before the gateway, and as a whole.
 OOMPolicy=stop
 OOMScoreAdjust=500"""
@@ -148,6 +143,8 @@ def _listen_stream(address: str) -> str:
 
 @dataclass(frozen=True, slots=True)
 class _ModelUnit:
+    """One model's template unit in the making."""
+
     model: Model
     gpus: Gpus
     scope: Scope
@@ -195,9 +192,8 @@ class _ModelUnit:
         return [
             f"Description=mmd model {escape(self.model.name)} on %i",
             "Documentation=man:mmd.yaml(5) man:mmd-generator(8)",
-            "# An engine that keeps crashing is given up; `mmdctl start` tries again.",
-            "StartLimitIntervalSec=10min",
-            "StartLimitBurst=3",
+            "# The gateway counts failures and backs off by itself.",
+            "StartLimitIntervalSec=0",
         ]
 
     def _service(self) -> list[str]:
@@ -284,7 +280,7 @@ class _ModelUnit:
         if model.limits.cpu_weight is not None:
             yield f"CPUWeight={model.limits.cpu_weight}"
         yield f"SyslogIdentifier=mmd-{model.id}"
-        yield f"LogExtraFields={quote(f'MMD_MODEL={model.name}', variables=False)} MMD_ROLE=model"
+        yield f"LogExtraFields=MMD_MODEL={model.id} MMD_ROLE=model"
 
     def _directories(self) -> Iterator[str]:
         yield f"RuntimeDirectory=mmd-model/{self.model.id}@%i"
@@ -299,8 +295,7 @@ class _ModelUnit:
 
 
 def _definition(body: str) -> str:
-    digest: str = sha256(_COMMENT.sub("", body).encode()).hexdigest()
-    return digest[:16]
+    return blake2b(_COMMENT.sub("", body).encode(), digest_size=8).hexdigest()
 
 
 def _expand(word: str, macros: Mapping[str, str]) -> str:

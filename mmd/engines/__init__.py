@@ -4,12 +4,15 @@ Everything here is pure. The unit generator asks for the command, the runner for
 the HTTP calls that put an engine to sleep and wake it. One module per engine; `engine(kind)` finds it.
 """
 
+from functools import cache
+
 from mmd.config import EngineKind
 from mmd.engines.base import Engine
 
 __all__ = ["engine"]
 
 
+@cache
 def engine(kind: EngineKind) -> Engine:
     """What mmd knows of engine `kind`. Imported on demand: a runner needs one of them only."""
     from importlib import import_module

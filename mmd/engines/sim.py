@@ -21,11 +21,17 @@ RESIDUAL_SHARE = {1: 0.05, 2: 0.02}
 class SimEngine:
     """See `mmd.engines.base.Engine`."""
 
-    progress: tuple[ProgressPattern, ...] = vllm.PROGRESS
-    out_of_memory: re.Pattern[str] | None = vllm.OUT_OF_MEMORY
     uses_socket: bool = True
     can_sleep: bool = True
     sleeping: HttpCall | None = vllm.ENGINE.sleeping
+
+    @property
+    def progress(self) -> tuple[ProgressPattern, ...]:
+        return vllm.ENGINE.progress
+
+    @property
+    def out_of_memory(self) -> re.Pattern[str] | None:
+        return vllm.ENGINE.out_of_memory
 
     def command(self, model: Model, context: CommandContext) -> tuple[str, ...]:
         memory = sorted(context.gpu_memory_bytes.items())

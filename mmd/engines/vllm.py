@@ -11,29 +11,33 @@ from dataclasses import dataclass
 
 from mmd.config import Model
 from mmd.engines.base import CommandContext, HttpCall, ProgressPattern
+from mmd.sizes import BYTES_PER_WEIGHT
 
-__all__ = ["ENGINE", "OUT_OF_MEMORY", "PROGRESS", "Vllm"]
+__all__ = ["ENGINE", "Vllm"]
 
 _MODULE = "vllm.entrypoints.openai.api_server"
 
-PROGRESS = (
-    ProgressPattern(re.compile(r"Loading (?:safetensors|pt).*?:\s+(\d+)%"), "loading weights {0} %"),
-    ProgressPattern(re.compile(r"Loading .*?(?:Streamer|loader).*?:\s+(\d+)%"), "loading weights {0} %"),
-    ProgressPattern(re.compile(r"Starting to load model"), "loading weights"),
-    ProgressPattern(re.compile(r"Loading weights took"), "weights loaded"),
-    ProgressPattern(re.compile(r"Model loading took ([\d.]+) GiB"), "weights loaded, {0} GiB"),
-    ProgressPattern(re.compile(r"Compiling a graph|Dynamo bytecode transform"), "compiling"),
-    ProgressPattern(re.compile(r"torch\.compile took ([\d.]+) s"), "compiled in {0} s"),
-    ProgressPattern(re.compile(r"Available KV cache memory: ([\d.]+) GiB"), "KV cache {0} GiB"),
-    ProgressPattern(re.compile(r"GPU KV cache size: ([\d,]+) tokens"), "KV cache {0} tokens"),
-    ProgressPattern(re.compile(r"Capturing CUDA graphs.*?:\s+(\d+)%"), "capturing CUDA graphs {0} %"),
-    ProgressPattern(re.compile(r"Graph capturing finished"), "CUDA graphs captured"),
-    ProgressPattern(re.compile(r"init engine .* took"), "engine initialised"),
-    ProgressPattern(re.compile(r"Application startup complete"), "serving"),
+_PROGRESS = (
+    (r"non-default args", "reading the model's configuration"),
+    (r"Resolved architecture: (\w+)", "starting the engine for {0}"),
+    (r"Initializing a V\d LLM engine", "starting the workers"),
+    (r"Loading (?:safetensors|pt).*?:\s+(\d+)%", "loading weights {0} %"),
+    (r"Loading .*?(?:Streamer|loader).*?:\s+(\d+)%", "loading weights {0} %"),
+    (r"Starting to load model", "loading weights"),
+    (r"Loading weights took", "weights loaded"),
+    (r"Model loading took ([\d.]+) GiB", "weights loaded, {0} GiB"),
+    (r"Compiling a graph|Dynamo bytecode transform", "compiling"),
+    (r"torch\.compile took ([\d.]+) s", "compiled in {0} s"),
+    (r"Available KV cache memory: ([\d.]+) GiB", "KV cache {0} GiB"),
+    (r"[CG]PU KV cache size: ([\d,]+) tokens", "KV cache {0} tokens"),
+    (r"Capturing CUDA graphs.*?:\s+(\d+)%", "capturing CUDA graphs {0} %"),
+    (r"Graph capturing finished", "CUDA graphs captured"),
+    (r"init engine .* took", "engine initialised"),
+    (r"Application startup complete", "serving"),
 )
-"""vLLM 0.32's start-up log, in its order."""
+"""vLLM 0.32's start-up log, in its order: a regular expression and the status that it stands for."""
 
-OUT_OF_MEMORY = re.compile(
+_OUT_OF_MEMORY = (
     r"CUDA out of memory|HIP out of memory|OutOfMemoryError|CUDA error: out of memory|"
     r"Free memory on device .* is less than desired|No available memory for the cache blocks"
 )
@@ -43,21 +47,19 @@ _IS_SLEEPING = HttpCall("GET", "/is_sleeping", timeout_s=5.0)
 
 _GIB = 1 << 30
 
-_BYTES_PER_WEIGHT = {
-    "fp32": 4.0, "float32": 4.0,
-    "bf16": 2.0, "bfloat16": 2.0, "fp16": 2.0, "float16": 2.0, "half": 2.0,
-    "fp8": 1.0, "int8": 1.0,
-    "fp4": 0.5, "nvfp4": 0.5, "mxfp4": 0.5, "int4": 0.5, "awq": 0.5, "gptq": 0.5,
-}  # fmt: skip
-
 _OVERHEAD_BYTES = int(1.5 * _GIB)
-"""What is neither weights nor KV cache: CUDA context (0.5 GiB), captured graphs, NCCL buffers, activations of a small batch."""
+"""What is neither weights nor KV cache. On a GPU: CUDA context (0.5 GiB), captured graphs, NCCL buffers, activations of a small
+batch. In host memory: vLLM's three processes, 0.5 GiB each."""
 
 _OVERHEAD_PER_WEIGHT_BYTE = 0.06
 """Activations, quantisation scales and embeddings kept in higher precision grow with the model."""
 
 _KV_CACHE_MIN_BYTES = _GIB // 4
 """Below this the estimate says more about its own error than about the cache: vLLM had better measure."""
+
+_CPU_KV_CACHE_GIB = 4
+
+_MEMORY_OPTIONS = ("--gpu-memory-utilization", "--device-memory-utilization", "--kv-cache-memory-bytes")
 
 _RESIDUAL_BYTES = int(1.2 * _GIB)
 """Asleep on one GPU: CUDA context, graphs and what the sleeping allocator does not manage (1.1 to 1.2 GiB reported)."""
@@ -70,11 +72,18 @@ _RESIDUAL_PER_PEER_BYTES = int(0.8 * _GIB)
 class Vllm:
     """See `mmd.engines.base.Engine`."""
 
-    progress: tuple[ProgressPattern, ...] = PROGRESS
-    out_of_memory: re.Pattern[str] | None = OUT_OF_MEMORY
     uses_socket: bool = True
     can_sleep: bool = True
     sleeping: HttpCall | None = _IS_SLEEPING
+
+    @property
+    def progress(self) -> tuple[ProgressPattern, ...]:
+        """Compiled here: the runner needs it, every daemon-reload would pay for it."""
+        return tuple(ProgressPattern(re.compile(pattern), text) for pattern, text in _PROGRESS)
+
+    @property
+    def out_of_memory(self) -> re.Pattern[str] | None:
+        return re.compile(_OUT_OF_MEMORY)
 
     def command(self, model: Model, context: CommandContext) -> tuple[str, ...]:
         """The user's `args` come last: of an option given twice vLLM's argparse takes the last one, and every switch has its
@@ -85,6 +94,7 @@ class Vllm:
             *("--model", model.model or model.name),
             *("--uds", context.socket),
             *("--served-model-name", model.name),
+            "--disable-uvicorn-access-log",  # a line for each of our health checks, for ever; see gateway.request_log
             *(("--tensor-parallel-size", str(model.gpu_count)) if model.gpu_count > 1 else ()),
             *(("--enable-sleep-mode",) if model.sleep_level and model.gpu_count else ()),
             *_memory_arguments(model),
@@ -93,7 +103,6 @@ class Vllm:
 
     def environment(self, model: Model, context: CommandContext) -> Mapping[str, str]:
         """Caches inside the unit's own directory, the control API, and nothing sent to anybody."""
-        on_cpu = model.gpu_count == 0 and model.ram_bytes > 0
         return {
             "HOME": context.cache_dir,
             "XDG_CACHE_HOME": context.cache_dir,
@@ -102,7 +111,7 @@ class Vllm:
             "VLLM_HTTP_TIMEOUT_KEEP_ALIVE": "75",  # longer than the gateway keeps an idle connection; vLLM's 5 s is shorter
             "VLLM_NO_USAGE_STATS": "1",
             "PYTHONUNBUFFERED": "1",
-            **({"VLLM_CPU_KVCACHE_SPACE": str(max(1, model.ram_bytes // _GIB))} if on_cpu else {}),
+            **_cpu_memory_environment(model),
         }
 
     def warm_up(self, model: str) -> HttpCall | None:
@@ -146,7 +155,7 @@ def _memory_arguments(model: Model) -> tuple[str, ...]:
     """
     if model.vram_bytes is None or model.gpu_count == 0:
         return ()
-    if _given(model.args, "--gpu-memory-utilization", "--device-memory-utilization", "--kv-cache-memory-bytes"):
+    if _given(model.args, *_MEMORY_OPTIONS):
         return ()
     kv_cache = _kv_cache_bytes(model)
     return (
@@ -157,11 +166,32 @@ def _memory_arguments(model: Model) -> tuple[str, ...]:
 
 def _kv_cache_bytes(model: Model) -> int:
     """Per GPU, 0 when it cannot be told."""
-    per_weight = _BYTES_PER_WEIGHT.get((model.precision or "").lower())
-    if model.vram_bytes is None or model.params is None or per_weight is None:
+    weights = _weight_bytes(model)
+    if model.vram_bytes is None or weights is None:
         return 0
-    weights = model.params * per_weight / model.gpu_count
-    return max(0, int(model.vram_bytes - weights * (1 + _OVERHEAD_PER_WEIGHT_BYTE) - _OVERHEAD_BYTES))
+    per_gpu = weights / model.gpu_count
+    return max(0, int(model.vram_bytes - per_gpu * (1 + _OVERHEAD_PER_WEIGHT_BYTE) - _OVERHEAD_BYTES))
+
+
+def _weight_bytes(model: Model) -> float | None:
+    """All of them; None when it cannot be told."""
+    per_weight = BYTES_PER_WEIGHT.get((model.precision or "").lower())
+    return None if model.params is None or per_weight is None else model.params * per_weight
+
+
+def _cpu_memory_environment(model: Model) -> Mapping[str, str]:
+    """The KV cache of a model on the CPU, in whole GiB; nothing when the user's `args` say it.
+
+    Left alone vLLM takes 92 % of the host's memory. So the cache gets what weights and overhead leave of `ram`; half of what
+    the overhead leaves where the weights are not known; 4 GiB, once vLLM's own default, without `ram`.
+    """
+    if model.gpu_count or _given(model.args, *_MEMORY_OPTIONS):
+        return {}
+    weights = _weight_bytes(model)
+    left = model.ram_bytes - _OVERHEAD_BYTES
+    kv_cache = left / 2 if weights is None else left - weights * (1 + _OVERHEAD_PER_WEIGHT_BYTE)
+    space = int(kv_cache // _GIB) if model.ram_bytes else _CPU_KV_CACHE_GIB
+    return {"VLLM_CPU_KVCACHE_SPACE": str(max(1, space))}
 
 
 def _given(args: tuple[str, ...], *options: str) -> bool:

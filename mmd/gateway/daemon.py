@@ -23,7 +23,7 @@ from mmd.gateway.snapshot import Snapshot
 from mmd.gpu import GpuProvider, open_provider
 from mmd.load import Loaded, load
 from mmd.policy.events import Sampled
-from mmd.scope import Scope, ScopeKind
+from mmd.scope import Scope
 from mmd.systemd.activation import ListenSocket
 from mmd.systemd.client import Systemd
 from mmd.systemd.unit import Connected, Disconnected, Event, UnitChanged
@@ -40,8 +40,9 @@ _RESYNC_S = 60.0
 class Daemon:
     """One gateway. `runtime_dir` outlives it (RuntimeDirectoryPreserve=yes)."""
 
-    def __init__(self, scope: Scope, runtime_dir: Path, sockets: Iterable[ListenSocket]) -> None:
+    def __init__(self, scope: Scope, systemd: Systemd, runtime_dir: Path, sockets: Iterable[ListenSocket]) -> None:
         self._scope = scope
+        self._systemd = systemd
         self._runtime_dir = runtime_dir
         self._sockets = tuple(sockets)
         self._servers: list[Server] = []
@@ -50,7 +51,6 @@ class Daemon:
     async def start(self) -> None:
         """Read the configuration, adopt what runs, then accept requests."""
         loaded = load(self._scope)
-        self._systemd = await Systemd.connect(user=self._scope.kind is ScopeKind.USER, on_event=self._on_systemd)
         self._memory = Memory(await self._open_gpus(loaded.config), self._on_sample)
         lifecycle = Lifecycle(
             self._scope,
@@ -112,7 +112,8 @@ class Daemon:
     def _on_sample(self, sample: Sampled) -> None:
         self.dispatcher.post(sample)
 
-    def _on_systemd(self, event: Event) -> None:
+    def on_systemd(self, event: Event) -> None:
+        """To be called with every event of `systemd`, from before `start` on."""
         match event:
             case UnitChanged(state):
                 if hasattr(self, "dispatcher"):

@@ -2,19 +2,27 @@
 
 import argparse
 import asyncio
+import gc
 import logging
 import os
 import signal
 import sys
+from collections.abc import Callable
+from importlib import import_module
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import uvloop
 
 from mmd.errors import MmdError
-from mmd.gateway.daemon import Daemon
-from mmd.scope import Scope
+from mmd.scope import Scope, ScopeKind
 from mmd.systemd.activation import ListenSocket, listen_sockets
+from mmd.systemd.client import Systemd
 from mmd.systemd.notify import Notifier, watchdog_interval_s
+from mmd.systemd.unit import Event
+
+if TYPE_CHECKING:
+    from mmd.gateway.daemon import Daemon
 
 __all__ = ["main"]
 
@@ -34,8 +42,7 @@ async def _run(scope: Scope, runtime_dir: Path, sockets: tuple[ListenSocket, ...
     loop = asyncio.get_running_loop()
     stopped = asyncio.Event()
     reloads: set[asyncio.Task[None]] = set()
-    daemon = Daemon(scope, runtime_dir, sockets)
-    await daemon.start()
+    daemon = await _start(scope, runtime_dir, sockets)
 
     async def reload() -> None:
         notifier.reloading()
@@ -65,6 +72,28 @@ async def _run(scope: Scope, runtime_dir: Path, sockets: tuple[ListenSocket, ...
     watchdog.cancel()
 
 
+async def _start(scope: Scope, runtime_dir: Path, sockets: tuple[ListenSocket, ...]) -> "Daemon":
+    """A gateway that serves. Clients wait for it: the D-Bus worker comes up while the gateway's modules, aiohttp above all, are
+    imported, which takes longest of all."""
+    gc.disable()
+    watchers: list[Callable[[Event], None]] = []
+
+    def on_event(event: Event) -> None:
+        for watcher in watchers:
+            watcher(event)
+
+    systemd, module = await asyncio.gather(
+        Systemd.connect(user=scope.kind is ScopeKind.USER, on_event=on_event),
+        asyncio.to_thread(import_module, "mmd.gateway.daemon"),
+    )
+    daemon: Daemon = module.Daemon(scope, systemd, runtime_dir, sockets)
+    watchers.append(daemon.on_systemd)
+    await daemon.start()
+    gc.freeze()  # modules stay: no collection need look at them again
+    gc.enable()
+    return daemon
+
+
 async def _watchdog(notifier: Notifier) -> None:
     """Tell systemd that the event loop turns, draining included."""
     interval_s = watchdog_interval_s(os.environ)
@@ -87,6 +116,9 @@ def main() -> None:
         manager = "systemctl --user" if arguments.user else "systemctl"
         sys.exit(f"mmd-gateway: no listening sockets were passed: start it by {manager} start mmd-gateway.socket")
     runtime_dir = Path(os.environ.get("RUNTIME_DIRECTORY", scope.runtime_dir))
+    # OpenSSL would read all certificates in one file while aiohttp is imported, 80 ms. In the directory beside it, it looks up
+    # the one it needs when a connection needs one.
+    os.environ.setdefault("SSL_CERT_FILE", os.devnull)
     try:
         uvloop.run(_run(scope, runtime_dir, sockets, Notifier()))
     except MmdError as error:

@@ -119,7 +119,8 @@ class Snapshot:
         state = self._dispatcher.scheduler.state
         instances = state.instances_of(model)
         traffic = state.traffic.get(model.name)
-        failures = state.failures.get(model.name)
+        # A failure that an earlier gateway saw is not counted, but its unit still tells.
+        failed = state.failures.get(model.name) or next((i for i in instances if i.phase is Phase.FAILED), None)
         last = max((i.last_activity for i in instances), default=0.0)
         return ModelStatus(
             name=model.name,
@@ -136,8 +137,8 @@ class Snapshot:
             requests=traffic.requests if traffic else 0,
             pinned=model.pin,
             last_activity=_unix(last) if last else None,
-            reason=failures.reason if failures else "",
-            tail=failures.tail if failures else (),
+            reason=failed.reason if failed else "",
+            tail=failed.tail if failed else (),
         )
 
     def _orphan(self, instance: Instance) -> ModelStatus:

@@ -133,8 +133,9 @@ class _Probe:
 
 
 async def _start(probe_socket: Path | None) -> _Probe:
-    if probe_socket is not None and probe_socket.exists():
-        return _Probe(*await asyncio.open_unix_connection(probe_socket, limit=_LINE_MAX_BYTES))
+    if probe_socket is not None:
+        with suppress(FileNotFoundError):
+            return _Probe(*await asyncio.open_unix_connection(probe_socket, limit=_LINE_MAX_BYTES))
     process = await asyncio.create_subprocess_exec(
         *(sys.executable, "-m", "mmd.gpu.probe"),
         stdin=asyncio.subprocess.PIPE,

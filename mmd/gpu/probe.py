@@ -1,9 +1,9 @@
 """The program that talks to NVML, for those who must neither block nor open devices: `python -m mmd.gpu.probe`.
 
-Each line on stdin is a JSON list of the GPUs that are meant, indexes or UUIDs as strings; an empty list means all. For each it
-prints one line: `{"gpus": [...]}` or `{"error": ..., "no_driver": bool}`. It ends when stdin does, and is killed with its parent
-even while a driver call hangs. `--once` answers for all GPUs without being asked. systemd runs it with a socket as stdin and
-stdout (mmd-gpu-probe@.service).
+Each line on stdin is a JSON list of the GPUs that are meant, indexes or UUIDs as strings; an empty list means all. Each is
+answered by one line: `{"gpus": [...]}` or `{"error": ..., "no_driver": bool}`. It ends when stdin does, and is killed with its
+parent even while a driver call hangs. `--once` answers for all GPUs without being asked. systemd runs it with a socket as stdin
+and stdout (mmd-gpu-probe@.service).
 
 NVML (nvidia-ml-py): memory info version 2 tells what the driver keeps (`reserved`) apart from what programs use; version 1, on
 drivers before 510, counts it as used. Process ids are the host's. A process's memory may be unknown (None).

@@ -105,11 +105,24 @@ def test_vllm_on_the_cpu() -> None:
     command = engine(EngineKind.VLLM).command(model, CONTEXT)
     assert "--enable-sleep-mode" not in command
     assert "--gpu-memory-utilization" not in command
-    environment = engine(EngineKind.VLLM).environment(model, CONTEXT)
-    assert environment["VLLM_CPU_KVCACHE_SPACE"] == "3"
-    assert environment["VLLM_SERVER_DEV_MODE"] == "1"
+    assert engine(EngineKind.VLLM).environment(model, CONTEXT)["VLLM_SERVER_DEV_MODE"] == "1"
     assert engine(EngineKind.VLLM).residual_bytes(model, 1) == 0
     assert "VLLM_CPU_KVCACHE_SPACE" not in engine(EngineKind.VLLM).environment(vllm_model(), CONTEXT)
+
+
+@pytest.mark.parametrize(
+    ("changes", "space"),
+    [
+        ({"ram_bytes": 16 * GIB, "params": 4 * GIB, "precision": "bf16"}, "6"),  # weights: 8 GiB; 16 - 1.06 x 8 - 1.5
+        ({"ram_bytes": 8 * GIB}, "3"),
+        ({"ram_bytes": GIB}, "1"),
+        ({}, "4"),
+        ({"args": ("--kv-cache-memory-bytes=1000000000",)}, None),
+    ],
+)
+def test_vllm_kv_cache_on_the_cpu(changes: dict[str, object], space: str | None) -> None:
+    model = vllm_model(gpus=0, vram_bytes=None, **changes)
+    assert engine(EngineKind.VLLM).environment(model, CONTEXT).get("VLLM_CPU_KVCACHE_SPACE") == space
 
 
 def test_vllm_sleep_off() -> None:
@@ -134,6 +147,14 @@ def test_vllm_residual_grows_with_the_group_and_never_exceeds_the_model() -> Non
 @pytest.mark.parametrize(
     ("line", "status"),
     [
+        (
+            "(APIServer pid=6) INFO 11-20 model.py:1] Resolved architecture: LlamaForCausalLM",
+            "starting the engine for LlamaForCausalLM",
+        ),
+        (
+            "(EngineCore pid=7) INFO 11-20 core.py:1] Initializing a V1 LLM engine (v0.32.0) with config: ...",
+            "starting the workers",
+        ),
         ("(EngineCore pid=7) INFO 11-20 gpu_model_runner.py:1] Starting to load model org/m...", "loading weights"),
         ("Loading safetensors checkpoint shards:  25% Completed | 1/4 [00:01<00:03,  1.00s/it]", "loading weights 25 %"),
         ("Loading pt checkpoint shards: 100% Completed | 4/4 [00:01<00:03,  1.00s/it]", "loading weights 100 %"),
