@@ -35,12 +35,11 @@ class Operation:
 
     verb: Verb
     level: int | None = None
-    placement: str | None = None
     force: bool = False
 
     @property
     def body(self) -> dict[str, object]:
-        options = {"level": self.level, "placement": self.placement, "force": self.force or None}
+        options = {"level": self.level, "force": self.force or None}
         return {key: value for key, value in options.items() if value is not None}
 
 

@@ -17,7 +17,6 @@ from mmd.ctl.context import Context
 from mmd.ctl.exits import CtlError, Exit
 from mmd.ctl.terminal import Terminal
 from mmd.errors import MmdError
-from mmd.names import Placement
 from mmd.scope import Scope
 
 __all__ = ["main", "parser"]
@@ -112,11 +111,8 @@ def _add_views(commands: _Commands) -> None:
 
 
 def _add_operations(commands: _Commands) -> None:
-    command = _add_operation(commands, Verb.START, "start models, or wake them, and wait until they are ready")
-    command.add_argument(
-        "--placement", type=_placement, metavar="GPUS", help="on these GPUs: 0, 0-1, cpu; default: mmd chooses"
-    )
-    command = _add_operation(commands, Verb.STOP, "stop models, after their in-flight requests", on_all=True)
+    _add_operation(commands, Verb.START, "start models, or wake them, and wait until they are ready")
+    _add_operation(commands, Verb.STOP, "stop models, after their in-flight requests", on_all=True)
     command = _add_operation(commands, Verb.SLEEP, "put models to sleep: their GPU memory becomes free", on_all=True)
     command.add_argument(
         "--level", type=int, choices=(1, 2), help="1: weights to host memory, 2: dropped; default: the model's"
@@ -167,13 +163,6 @@ def _add_units(commands: _Commands) -> None:
     command.add_argument("model", metavar="MODEL", help=_MODEL)
 
 
-def _placement(text: str) -> str:
-    try:
-        return str(Placement.parse(text))
-    except MmdError as error:
-        raise argparse.ArgumentTypeError(str(error)) from error
-
-
 def _count(text: str) -> int:
     if not text.isdecimal():
         raise argparse.ArgumentTypeError(f"{text!r} is not a number of lines")
@@ -211,8 +200,7 @@ def _operate(context: Context, verb: Verb, arguments: argparse.Namespace, comman
     everything: bool = options.get("all", False)
     if everything == bool(arguments.models):  # both or neither
         command.error("name the models, or give --all")
-    force: bool = options.get("force", False)
-    operation = Operation(verb, level=options.get("level"), placement=options.get("placement"), force=force)
+    operation = Operation(verb, level=options.get("level"), force=options.get("force", False))
     wait = not arguments.no_wait
     return operate(context, operation, arguments.models, everything=everything, wait=wait, as_json=arguments.json)
 

@@ -29,7 +29,7 @@ def logs(context: Context, word: str | None, *, gateway: bool, follow: bool, lin
         argv = [*command(None, "mmd-*", user=user), "+", *owner, *_OWN_ROLES]
     else:
         target = _locate(context, word)
-        argv = command(target.name, f"mmd-model-{target.id}@*", user=user)
+        argv = command(target.id, f"mmd-model-{target.id}@*", user=user)
     options = ["--follow"] if follow else []
     options += [f"--lines={lines}"] if lines is not None else []
     options += [f"--since={since}"] if since is not None else []

@@ -69,7 +69,7 @@ class Instance:
     ready_since: float = 0.0
     """When it last became ready; waking up does not count."""
     spared_until: float = 0.0
-    """Adopted: no idle timer ends before this time, since its last activity is not known."""
+    """Adopted: no idle timer ends before this time, unless its last activity has become known."""
     last_activity: float = 0.0
     """When a request was last admitted or ended; 0: none that we know of."""
     held_bytes: int | None = None

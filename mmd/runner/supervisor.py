@@ -37,7 +37,7 @@ from mmd.systemd.notify import Notifier, watchdog_interval_s
 
 __all__ = ["Supervisor"]
 
-_EX_UNAVAILABLE = 69  # sysexits.h; the unit's RestartPreventExitStatus=
+_EX_UNAVAILABLE = 69  # sysexits.h: tells a failed start from the death of an engine that had been ready
 
 _EXTEND_EVERY_S = 5.0
 _EXTEND_BY_S = 30.0

@@ -145,6 +145,22 @@ def test_a_unit_started_by_hand_is_taken_over(serving: Installation) -> None:
     assert _states(serving)["second"] == "sleeping", "and makes room like any other"
 
 
+def test_a_new_gateway_knows_since_when_models_are_ready_or_asleep(serving: Installation) -> None:
+    def since() -> dict[str, tuple[str, float]]:
+        models = serving.status()["models"]
+        return {each["unit"]: (each["state"], each["since"]) for model in models for each in model["instances"]}
+
+    assert chat("slow").status == chat("org/first").status == 200
+    serving.ctl("sleep", "org/first")
+    before = since()
+    time.sleep(1)
+    serving.systemctl("restart", "mmd-gateway.service")
+    after = since()
+    assert {unit: state for unit, (state, _) in after.items()} == {unit: state for unit, (state, _) in before.items()}
+    assert {state for state, _ in after.values()} == {"ready", "sleeping"}
+    assert max(abs(after[unit][1] - before[unit][1]) for unit in before) < 0.5
+
+
 def test_the_tools_people_have_see_everything(serving: Installation) -> None:
     assert chat("org/first").status == 200
     unit = serving.systemctl("cat", "mmd-model-first@0.service")
@@ -162,6 +178,20 @@ def test_a_client_that_goes_away_ends_its_generation(serving: Installation) -> N
     serving.wait_until(lambda: serving.status()["gateway"]["in_flight"] == 0, 5, "the request is over for the gateway")
     running = ["curl", "-s", "--unix-socket", "/run/mmd-model/slow@cpu/engine.sock", "http://localhost/metrics"]
     serving.wait_until(lambda: 'requests_running{model_name="slow"} 0' in serving.run(*running).stdout, 5, "and for the engine")
+
+
+def test_other_programs_and_other_servers_are_served_as_well(serving: Installation) -> None:
+    command = '[/usr/lib/mmd/bin/mmd-sim, --socket, "{socket}", --model, "{model}"]'
+    program = f"{{engine: command, gpus: 0, listen: unix, command: {command}}}"
+    elsewhere = "{engine: external, endpoint: 'http://127.0.0.1:8000', model: program}"
+    serving.configure(f"{_MODELS}  program: {program}\n  elsewhere: {elsewhere}\n")
+    assert chat("program").json["model"] == "program"
+    assert chat("elsewhere").json["model"] == "program", "a server knows its model by a name of its own"
+    assert _states(serving)["elsewhere"] == "external"
+    refused = serving.ctl("stop", "elsewhere", check=False)
+    assert refused.returncode == 1
+    assert "mmd only routes to it" in refused.stderr
+    serving.configure(_MODELS)
 
 
 def test_operators_read_over_tcp_but_do_not_change(serving: Installation) -> None:

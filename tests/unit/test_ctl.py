@@ -119,10 +119,10 @@ def test_start_prints_plain_lines_and_how_it_ended(gateway: Gateway, path: Path)
         ]
     }
     with serving(gateway, path):
-        result = run(["start", "mmd-model-idle@0", "--placement", "0-1"], path=path)
+        result = run(["start", "mmd-model-idle@0"], path=path)
     assert (result.returncode, result.stderr) == (0, "")
     assert result.stdout.splitlines() == ["demo/idle: loading weights 45 %", "demo/idle: ready in 1.8 s, 14.2 GiB"]
-    assert gateway.asked[-1] == ("POST", "/api/v1/models/demo%2Fidle/start", {"placement": "0-1"})
+    assert gateway.asked[-1] == ("POST", "/api/v1/models/demo%2Fidle/start", {})
 
 
 def test_several_operations_run_at_once_and_the_worst_decides(gateway: Gateway, path: Path) -> None:
@@ -295,7 +295,7 @@ def test_version(gateway: Gateway, path: Path) -> None:
         ["stop"],
         ["stop", "--all", "x"],
         ["sleep", "x", "--level", "3"],
-        ["start", "x", "--placement", "1-0"],
+        ["start", "x", "--placement", "0"],
         ["logs", "x", "--gateway"],
         ["logs", "-n", "many"],
         ["show"],

@@ -213,7 +213,7 @@ def test_logs_becomes_journalctl(machine: Machine) -> None:
         assert machine.run("logs", *words).returncode == 0
     model, gateway, everything = (line.split() for line in machine.asked())
     assert model[:2] == ["--follow", "--lines=5"]
-    assert {"MMD_MODEL=demo/idle", "USER_UNIT=mmd-model-idle@0.service"} <= set(model)
+    assert {"MMD_MODEL=idle", "USER_UNIT=mmd-model-idle@0.service"} <= set(model)
     assert "USER_UNIT=mmd-model-idle2@0.service" not in model
     assert gateway == ["--since=10", "min", "ago", "--user-unit=mmd-gateway.service"]
     units = {f"USER_UNIT=mmd-{unit}.service" for unit in ("gateway", "model-idle@0", "model-idle2@0")}
