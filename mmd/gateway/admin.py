@@ -12,6 +12,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from aiohttp import web
 
 from mmd.config import EngineKind, Model
+from mmd.errors import MmdError
 from mmd.gateway.api_error import ApiError, no_such_model
 from mmd.gateway.dispatcher import Dispatcher
 from mmd.gateway.operations import Operations, Options
@@ -78,7 +79,9 @@ class AdminApi:
         begun = time.monotonic()
         while (line := await lines.get()) is not None:
             if isinstance(line, ApiError):
-                raise line
+                if not response.prepared:
+                    raise line
+                line = Progress(model.name, self._snapshot.model(model).state, line.message, done=True, ok=False)
             if not response.prepared:
                 await response.prepare(request)
             told = line.to_json() | {"elapsed_s": round(time.monotonic() - begun, 3)}
@@ -105,6 +108,11 @@ async def _run(operation: AsyncIterator[Progress], lines: "asyncio.Queue[Progres
             lines.put_nowait(progress)
     except ApiError as error:
         lines.put_nowait(error)
+    except MmdError as error:
+        lines.put_nowait(ApiError(500, str(error), code="failed"))
+    except Exception:
+        lines.put_nowait(ApiError(500, "internal error; see journalctl -u mmd-gateway", code="internal_error"))
+        raise
     finally:
         lines.put_nowait(None)
 
@@ -121,4 +129,8 @@ async def _options(request: web.Request, operation: str) -> dict[str, object]:
     unknown = set(options) - _OPTIONS.get(operation, set())
     if unknown:
         raise ApiError(400, f"{operation} does not take {', '.join(sorted(unknown))}", code="unknown_option")
+    if "level" in options and (isinstance(options["level"], bool) or options["level"] not in (1, 2)):
+        raise ApiError(400, f"level: {options['level']!r} is neither 1 nor 2", code="bad_option", param="level")
+    if not isinstance(options.get("force", False), bool):
+        raise ApiError(400, f"force: {options['force']!r} is neither true nor false", code="bad_option", param="force")
     return options

@@ -31,6 +31,7 @@ _STATUS: Mapping[Refusal, int] = {
     Refusal.START_FAILED: 503,
     Refusal.BACKING_OFF: 503,
     Refusal.STOPPED: 503,
+    Refusal.GPUS_UNREADABLE: 503,
     Refusal.WAITED_TOO_LONG: 504,
 }
 
@@ -105,6 +106,8 @@ async def error_middleware(request: web.Request, handler: Handler) -> web.Stream
         if error.status < 400:
             raise
         return _plain(request, error).response()
+    except MmdError as error:
+        return ApiError(500, str(error), code="failed").response()
     except (ConnectionError, TimeoutError):
         raise
     except Exception:

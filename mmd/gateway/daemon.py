@@ -43,25 +43,20 @@ class Daemon:
     def __init__(self, scope: Scope, systemd: Systemd, runtime_dir: Path, sockets: Iterable[ListenSocket]) -> None:
         self._scope = scope
         self._systemd = systemd
-        self._runtime_dir = runtime_dir
         self._sockets = tuple(sockets)
         self._servers: list[Server] = []
         self._background: list[asyncio.Task[None]] = []
+        self._memory = Memory(self._open_gpus, self._on_sample)
+        sleepers = runtime_dir / "sleepers.json"
+        lifecycle = Lifecycle(
+            scope, systemd, self._memory, sleepers, lambda unit: self.dispatcher.scheduler.state.model_of(unit)
+        )
+        self.dispatcher = Dispatcher(lifecycle, systemd)
+        self.snapshot = Snapshot(self.dispatcher, self._memory, scope=scope.kind)
 
     async def start(self) -> None:
         """Read the configuration, adopt what runs, then accept requests."""
-        loaded = load(self._scope)
-        self._memory = Memory(await self._open_gpus(loaded.config), self._on_sample)
-        lifecycle = Lifecycle(
-            self._scope,
-            self._systemd,
-            self._memory,
-            self._runtime_dir / "sleepers.json",
-            lambda unit: self.dispatcher.scheduler.state.model_of(unit),
-        )
-        self.dispatcher = Dispatcher(lifecycle, self._systemd)
-        self.snapshot = Snapshot(self.dispatcher, self._memory, scope=self._scope.kind)
-        self._use(loaded)
+        self._use(load(self._scope))
         await self.dispatcher.adopt()
         await self._memory.sample()
         await self._serve()
@@ -97,17 +92,17 @@ class Daemon:
                 _log.error("%s; the configuration in use stays", problem)
             self.snapshot.problems = tuple(f"{problem} (the configuration in use stays)" for problem in loaded.problems)
             return {"changed": [], "added": [], "removed": [], "problems": list(map(str, loaded.problems))}
-        if loaded.config.gpus != before.gpus:
-            await self._memory.replace(await self._open_gpus(loaded.config))
         self._use(loaded)
+        if loaded.config.gpus != before.gpus:
+            await self._memory.reopen()
         await self.dispatcher.resynchronise()
         self.snapshot.reloaded = time.time()
         changes = _differences(before, loaded.config)
         _log.info("configuration reloaded: %s", ", ".join(f"{len(names)} {kind}" for kind, names in changes.items()))
         return {**changes, "problems": []}
 
-    async def _open_gpus(self, config: Config) -> GpuProvider:
-        return await open_provider(config.gpus, self._scope.sim_dir, self._scope.probe_socket)
+    async def _open_gpus(self) -> GpuProvider:
+        return await open_provider(self.dispatcher.config.gpus, self._scope.sim_dir, self._scope.probe_socket)
 
     def _on_sample(self, sample: Sampled) -> None:
         self.dispatcher.post(sample)
@@ -116,15 +111,13 @@ class Daemon:
         """To be called with every event of `systemd`, from before `start` on."""
         match event:
             case UnitChanged(state):
-                if hasattr(self, "dispatcher"):
-                    self.dispatcher.unit_changed(state)
+                self.dispatcher.unit_changed(state)
             case Disconnected(reason):
                 _log.warning("lost the connection to systemd: %s", reason)
                 self.snapshot.systemd = f"disconnected: {reason}"
             case Connected():
-                if hasattr(self, "snapshot"):
-                    self.snapshot.systemd = "connected"
-                    self._background.append(asyncio.create_task(self._resynchronise()))
+                self.snapshot.systemd = "connected"
+                self.dispatcher.spawn(self._resynchronise())
 
     async def _resynchronise(self) -> None:
         try:
@@ -135,7 +128,6 @@ class Daemon:
     async def _watch_systemd(self) -> None:
         while True:
             await asyncio.sleep(_RESYNC_S)
-            self._background = [task for task in self._background if not task.done()]
             await self._resynchronise()
 
     async def stop(self) -> None:

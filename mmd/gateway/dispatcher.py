@@ -80,9 +80,11 @@ class Dispatcher:
     def post(self, event: Event) -> None:
         """Tell the scheduler, and do what it says."""
         now = self._loop.time()
-        for action in self.scheduler.handle(event, now):
-            self._perform(action)
-        self._arm(now)
+        try:
+            for action in self.scheduler.handle(event, now):
+                self._perform(action)
+        finally:
+            self._arm(now)
         if not isinstance(event, Arrived | Finished | Cancelled):
             self._announce()
 
@@ -194,13 +196,13 @@ class Dispatcher:
         task.add_done_callback(self._tasks.discard)
 
     async def _guard(self, work: Coroutine[Any, Any, None]) -> None:
-        """The boundary of a task: what nobody expected is logged, and the truth is read again."""
+        """The boundary of a task: a failure is logged, and costs nobody else anything."""
         try:
             await work
         except MmdError as error:
             _log.warning("%s", error)
         except Exception:
-            _log.exception("an action failed unexpectedly")
+            _log.exception("a task of the gateway failed")
 
     async def close(self) -> None:
         """Stop looking after units; they go on running, and the next gateway adopts them."""

@@ -9,7 +9,6 @@ from pathlib import Path
 
 from mmd.config import Model
 from mmd.engines import engine
-from mmd.engines.base import HttpCall
 from mmd.errors import MmdError
 from mmd.gateway.engine_client import EngineError, EnginePool
 from mmd.gateway.memory import Memory
@@ -27,13 +26,22 @@ __all__ = ["Lifecycle"]
 
 _log = logging.getLogger(__name__)
 
+# A state that we do not know counts as one in which the unit holds its memory.
 _PHASES = {
     ActiveState.ACTIVE: Phase.READY,
     ActiveState.RELOADING: Phase.READY,
+    ActiveState.REFRESHING: Phase.READY,
+    ActiveState.UNKNOWN: Phase.STOPPING,
+    ActiveState.MAINTENANCE: Phase.STOPPING,
+    ActiveState.INACTIVE: Phase.STOPPED,
     ActiveState.ACTIVATING: Phase.STARTING,
     ActiveState.DEACTIVATING: Phase.STOPPING,
     ActiveState.FAILED: Phase.FAILED,
 }
+
+
+# Between two attempts to read a unit while systemd is out of reach.
+_REREAD_S = 1.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,6 +64,7 @@ class Lifecycle:
         self._sleepers = Sleepers(state_file)
         self._model_of = model_of
         self._known: dict[UnitName, _Known] = {}
+        self._reports: dict[UnitName, Report] = {}
         self.engines = EnginePool()
         self.units: dict[UnitName, UnitState] = {}
         """The last state read of every unit."""
@@ -69,6 +78,7 @@ class Lifecycle:
         """Carry out one action. Failures are part of the answer; nothing but a cancellation is raised."""
         begun = time.monotonic()
         reason, held, interrupted = "", None, False
+        self._memory.changed()
         try:
             match action:
                 case Start(unit):
@@ -82,9 +92,14 @@ class Lifecycle:
         except MmdError as error:
             reason, interrupted = str(error), isinstance(error, SystemdDisconnectedError | SystemdTimeoutError)
             _log.warning("%s of %s failed: %s", type(action).__name__.lower(), action.unit, error)
+        except Exception:
+            reason = "an internal error: journalctl -u mmd-gateway"
+            _log.exception("%s of %s failed", type(action).__name__.lower(), action.unit)
         seen = await self._observe_again(action.unit, reason)
         wanted = {Start: Phase.READY, Wake: Phase.READY, Sleep: Phase.SLEEPING, Stop: Phase.STOPPED}[type(action)]
         ok = not reason and seen.phase is wanted
+        await self._memory.sample()
+        self._memory.changed()
         return Done(action, seen, ok, time.monotonic() - begun, held, interrupted)
 
     async def _observe_again(self, unit: UnitName, reason: str) -> Observed:
@@ -95,18 +110,21 @@ class Lifecycle:
                 return seen if seen.reason or not reason else replace(seen, reason=reason)
             except MmdError as error:
                 _log.warning("cannot read %s: %s", unit, error)
-                await asyncio.sleep(1)
+            except Exception:
+                _log.exception("cannot read %s", unit)
+            await asyncio.sleep(_REREAD_S)
 
     async def observe(self, state: UnitState) -> Observed:
         """What a unit is doing, from systemd's state, the runner's report and, where in doubt, the engine itself."""
         unit = UnitName.parse(state.unit)
         assert unit is not None, state.unit
         self.units[unit] = state
-        phase = _PHASES.get(state.active_state, Phase.STOPPED)
+        phase = _PHASES[state.active_state]
         report = self._report(unit)
         definition = report.definition if report else ""
         if phase is Phase.FAILED:
-            return self._failed(unit, state, report)
+            self._reports.pop(unit, None)
+            return self._failed(unit, state, self._report(unit))
         if phase is not Phase.READY:
             self._known.pop(unit, None)
             return Observed(unit, phase, definition=definition, age_s=_age_s(state.since))
@@ -117,10 +135,17 @@ class Lifecycle:
         return Observed(unit, Phase.SLEEPING, level, definition, age_s=_age_s(asleep_since))
 
     def _report(self, unit: UnitName) -> Report | None:
+        """The report of the unit's present run; once it says `ready` it is not read again for every request."""
+        state, known = self.units.get(unit), self._reports.get(unit)
+        invocation = state.invocation_id if state is not None else ""
+        if known is not None and known.invocation == invocation:
+            return known
         report = Report.read(self._scope.unit_dir(unit))
-        state = self.units.get(unit)
-        current = report is not None and state is not None and report.invocation == state.invocation_id
-        return report if current else None
+        if report is None or report.invocation != invocation:
+            return None
+        if report.ready:
+            self._reports[unit] = report
+        return report
 
     def _failed(self, unit: UnitName, state: UnitState, report: Report | None) -> Observed:
         self._known.pop(unit, None)
@@ -144,19 +169,17 @@ class Lifecycle:
             return known.level
         model = self._model_of(unit)
         call = engine(model.engine).sleeping if model is not None else None
-        level = 0
-        if call is not None and report is not None and await self._is_sleeping(report.endpoint, call):
-            level = self._sleepers.level(unit, state.invocation_id)
+        asleep = False
+        if call is not None and report is not None:
+            try:
+                asleep = bool((await self.engines.client(report.endpoint).call(call)).get("is_sleeping"))
+            except EngineError as error:
+                # One that does not answer is its watchdog's to end. Until then our own note counts, and it is asked again.
+                _log.warning("cannot tell whether %s sleeps: %s", unit, error)
+                return self._sleepers.noted(unit, state.invocation_id)
+        level = self._sleepers.level(unit, state.invocation_id) if asleep else 0
         self._known[unit] = _Known(state.invocation_id, level)
         return level
-
-    async def _is_sleeping(self, endpoint: str, call: HttpCall) -> bool:
-        try:
-            return bool((await self.engines.client(endpoint).call(call)).get("is_sleeping"))
-        except EngineError as error:
-            # An engine that does not answer is its watchdog's to end; until then it must not be taken for asleep.
-            _log.warning("cannot tell whether %s sleeps: %s", endpoint, error)
-            return False
 
     def _know(self, unit: UnitName, level: int) -> None:
         state = self.units.get(unit)
@@ -203,6 +226,8 @@ class Lifecycle:
         if before is None:
             return None
         freed = await self._memory.wait_freed(unit.placement, before, awake - expected_bytes)
+        if freed is None:
+            return None
         if freed < (awake - expected_bytes) / 2:
             raise EngineError(f"{unit} says that it sleeps, but freed {freed >> 20} MiB of {awake >> 20} MiB")
         return max(0, awake - freed)

@@ -28,6 +28,8 @@ __all__ = ["main"]
 
 _log = logging.getLogger("mmd.gateway")
 
+_PATIENCE_S = 30.0
+
 # sd-daemon(3): a line that begins with <N> gets that priority in the journal.
 _PRIORITIES = {logging.DEBUG: 7, logging.INFO: 6, logging.WARNING: 4, logging.ERROR: 3, logging.CRITICAL: 2}
 
@@ -68,8 +70,10 @@ async def _run(scope: Scope, runtime_dir: Path, sockets: tuple[ListenSocket, ...
     await stopped.wait()
     notifier.stopping()
     notifier.status("finishing requests")
+    patience = loop.create_task(_keep_patient(notifier))
     await daemon.stop()
     watchdog.cancel()
+    patience.cancel()
 
 
 async def _start(scope: Scope, runtime_dir: Path, sockets: tuple[ListenSocket, ...]) -> "Daemon":
@@ -92,6 +96,13 @@ async def _start(scope: Scope, runtime_dir: Path, sockets: tuple[ListenSocket, .
     gc.freeze()  # modules stay: no collection need look at them again
     gc.enable()
     return daemon
+
+
+async def _keep_patient(notifier: Notifier) -> None:
+    """While requests are finished, move TimeoutStopSec= on (sd_notify(3)): gateway.drain_timeout may be longer."""
+    while True:
+        notifier.extend(_PATIENCE_S)
+        await asyncio.sleep(_PATIENCE_S / 3)
 
 
 async def _watchdog(notifier: Notifier) -> None:

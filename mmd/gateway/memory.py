@@ -2,7 +2,7 @@
 
 import asyncio
 import logging
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 
 from mmd.config import Model
 from mmd.errors import MmdError
@@ -20,36 +20,55 @@ _log = logging.getLogger(__name__)
 _SETTLE_S = 5.0
 _POLL_S = 0.05
 _FALL_S = 1.0
+_STEADY_S = 0.5
 _SAMPLE_INTERVAL_S = 2.0
 
 
 class Memory:
-    """Samples a provider. `on_sample` is told of every sample."""
+    """Samples a provider, which `open_provider` opens when it is first needed and again after it could not be opened.
 
-    def __init__(self, provider: GpuProvider, on_sample: Callable[[Sampled], None]) -> None:
-        self._provider = provider
+    `on_sample` is told of every sample. One that was taken while some unit's memory changed is not passed on: it may be older
+    than what the scheduler has heard of that unit, and would look like memory that somebody else has taken.
+    """
+
+    def __init__(self, open_provider: Callable[[], Awaitable[GpuProvider]], on_sample: Callable[[Sampled], None]) -> None:
+        self._open_provider = open_provider
+        self._provider: GpuProvider | None = None
         self._on_sample = on_sample
+        self._lock = asyncio.Lock()
+        self._changes = 0
         self.gpus: tuple[GpuMemory, ...] = ()
         self.problem = ""
-        """Why the last sample failed; "" when it did not."""
+        """Why the GPUs cannot be read at present; "" when they can."""
 
-    async def sample(self) -> None:
-        """Take a sample; one that fails leaves the last one in force."""
+    def changed(self) -> None:
+        """Some unit's memory begins to change, or has done so."""
+        self._changes += 1
+
+    async def sample(self) -> bool:
+        """Take a sample, and whether that worked; a failure leaves the last one in force."""
+        changes = self._changes
         try:
-            self.gpus = await self._provider.sample()
+            async with self._lock:
+                if self._provider is None:
+                    self._provider = await self._open_provider()
+                self.gpus = await self._provider.sample()
         except MmdError as error:
             if str(error) != self.problem:
-                _log.warning("GPU memory cannot be measured: %s", error)
+                _log.warning("the GPUs cannot be read: %s", error)
             self.problem = str(error)
-            return
+            self._on_sample(Sampled((), self.problem))
+            return False
         self.problem = ""
-        self._on_sample(Sampled(tuple(GpuSample(g.index, g.total_bytes, g.used_bytes, g.uuid) for g in self.gpus)))
+        if changes == self._changes:
+            self._on_sample(Sampled(tuple(GpuSample(g.index, g.total_bytes, g.used_bytes, g.uuid) for g in self.gpus)))
+        return True
 
     async def watch(self) -> None:
         """Sample for ever. Where nothing can be measured the first sample has said it all."""
         while True:
             await asyncio.sleep(_SAMPLE_INTERVAL_S)
-            if self._provider.measures:
+            if self._provider is None or self._provider.measures:
                 await self.sample()
 
     def used(self, placement: Placement) -> int | None:
@@ -58,24 +77,27 @@ class Memory:
         return sum(used) if used and len(used) == len(placement.gpus) else None
 
     async def measure(self, placement: Placement) -> int | None:
-        """`used`, of a sample taken now."""
-        if not self._provider.measures or not placement.gpus:
+        """`used`, of a sample taken now; None where nothing can be measured."""
+        if self._provider is None or not self._provider.measures or not placement.gpus:
             return None
-        await self.sample()
-        return self.used(placement)
+        return self.used(placement) if await self.sample() else None
 
     @staticmethod
     def awake_bytes(model: Model) -> int:
         """What a model is reckoned to hold per GPU while awake."""
         return vram_bytes(model)
 
-    async def wait_freed(self, placement: Placement, before: int, expected_per_gpu: int) -> int:
-        """Bytes freed per GPU since `before`: as soon as they are what is expected, or what there is after `_SETTLE_S`."""
-        freed = 0
+    async def wait_freed(self, placement: Placement, before: int, expected_per_gpu: int) -> int | None:
+        """Bytes freed per GPU since `before`: as soon as they are what is expected, or no longer grow; None if unmeasurable."""
+        freed, steady = 0, 0
         for _ in range(round(_SETTLE_S / _POLL_S)):
             now = await self.measure(placement)
-            freed = 0 if now is None else (before - now) // len(placement.gpus)
-            if freed >= expected_per_gpu:
+            if now is None:
+                return None
+            more = (before - now) // len(placement.gpus)
+            steady = steady + 1 if more <= freed else 0
+            freed = max(freed, more)
+            if freed >= expected_per_gpu or (freed > 0 and steady * _POLL_S >= _STEADY_S):
                 break
             await asyncio.sleep(_POLL_S)
         return freed
@@ -96,11 +118,13 @@ class Memory:
             last = now
             await asyncio.sleep(_POLL_S)
 
-    async def replace(self, provider: GpuProvider) -> None:
-        """Measure by another provider from now on."""
-        old, self._provider = self._provider, provider
-        await old.close()
+    async def reopen(self) -> None:
+        """Read the GPUs by the configuration that is in force now."""
+        await self.close()
         await self.sample()
 
     async def close(self) -> None:
-        await self._provider.close()
+        async with self._lock:
+            provider, self._provider = self._provider, None
+        if provider is not None:
+            await provider.close()

@@ -72,16 +72,24 @@ class OpenAiApi:
         """Route one inference request: wait for its model if need be, then relay it."""
         config = self._dispatcher.config
         call = _parse(await _read_body(request, config.gateway.max_body_bytes), config)
-        begun = time.monotonic()
-        if call.model.engine is EngineKind.EXTERNAL:
-            response = await self._external(request, call)
-        else:
-            with self._dispatcher.request(call.model) as ticket:
-                response = await self._forward(request, call, ticket)
-        if self._dispatcher.config.gateway.request_log:
-            elapsed_s = time.monotonic() - begun
-            _log.info("%s %s %s %d %.3f s", request.method, request.path, call.model.name, response.status, elapsed_s)
+        begun, status = time.monotonic(), 499  # what nginx calls a client that has left
+        try:
+            response = await self._infer(request, call)
+            status = response.status
+        except ApiError as error:
+            status = error.status
+            raise
+        finally:
+            if config.gateway.request_log:
+                elapsed_s = time.monotonic() - begun
+                _log.info("%s %s %s %d %.3f s", request.method, request.path, call.model.name, status, elapsed_s)
         return response
+
+    async def _infer(self, request: web.Request, call: _Call) -> web.StreamResponse:
+        if call.model.engine is EngineKind.EXTERNAL:
+            return await self._external(request, call)
+        with self._dispatcher.request(call.model) as ticket:
+            return await self._forward(request, call, ticket)
 
     async def _external(self, request: web.Request, call: _Call) -> web.StreamResponse:
         assert call.model.endpoint is not None

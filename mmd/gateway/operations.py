@@ -48,8 +48,8 @@ class Operations:
     async def start(self, model: Model, _: Options) -> AsyncIterator[Progress]:
         """Start or wake, whichever it takes, through the same queue as every request."""
         before = model_state(self._state, model)
-        if before in (ModelState.READY, ModelState.DRAINING):
-            yield self._end(model, f"is {before} already")
+        if before is ModelState.READY:
+            yield self._end(model, "is ready already")
             return
         begun = time.monotonic()
         with self._dispatcher.request(model, operator=True) as ticket:
@@ -75,7 +75,7 @@ class Operations:
                 return self._snapshot.status_text(instance.unit) or str(instance_state(instance))
         claim = self._state.claims.get(model.name)
         if claim is None:
-            return "waiting for memory: every model that could make room is busy"
+            return "waiting for memory: the models that could make room are busy or have only just come"
         victims = [str(unit.id) for unit in claim.victims]
         return f"making room: {', '.join(victims)} must leave" if victims else "waiting for another model on the same GPU"
 
@@ -85,8 +85,7 @@ class Operations:
 
     async def sleep(self, model: Model, options: Options) -> AsyncIterator[Progress]:
         level = options.get("level", model.sleep_level or 1)
-        if level not in (1, 2):
-            raise ApiError(400, f"level: {level!r} is neither 1 nor 2", code="bad_level", param="level")
+        assert isinstance(level, int)
         if not engine(model.engine).can_sleep:
             raise ApiError(
                 409, f"{model.name}: engine {model.engine} cannot sleep; mmdctl stop frees its memory", code="cannot_sleep"
@@ -97,7 +96,7 @@ class Operations:
             ok = state in (ModelState.SLEEPING, ModelState.STOPPED)
             yield self._end(model, f"is {state} already" if ok else f"is {state}: nothing to put to sleep", ok=ok)
             return
-        async for progress in self._release(model, int(str(level)), bool(options.get("force"))):
+        async for progress in self._release(model, level, bool(options.get("force"))):
             yield progress
 
     async def _release(self, model: Model, level: int, force: bool) -> AsyncIterator[Progress]:

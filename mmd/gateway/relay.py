@@ -62,11 +62,14 @@ async def _pass(request: web.Request, answer: aiohttp.ClientResponse) -> web.Str
     if "Content-Length" not in answer.headers and request.version >= aiohttp.HttpVersion11:
         response.enable_chunked_encoding()
     await response.prepare(request)
-    try:
-        async for chunk in answer.content.iter_any():
-            await response.write(chunk)
-    except aiohttp.ClientError as error:
-        return await _cut(request, response, answer, error)
+    while True:
+        try:
+            chunk = await answer.content.readany()
+        except aiohttp.ClientError as error:  # the engine's; a client that goes away cancels us instead
+            return await _cut(request, response, answer, error)
+        if not chunk:
+            break
+        await response.write(chunk)
     await response.write_eof()
     return response
 
@@ -86,14 +89,19 @@ async def _cut(
 
 
 async def _continue(response: web.StreamResponse, answer: aiohttp.ClientResponse) -> web.StreamResponse:
-    try:
-        if answer.status != 200:
-            text = (await answer.content.read(65536)).decode("utf-8", "replace").strip()
-            raise ApiError(answer.status, f"the engine answered {answer.status}: {text}", code="engine_error")
-        async for chunk in answer.content.iter_any():
-            await response.write(chunk)
-    except aiohttp.ClientError as error:
-        failure = ApiError(502, f"the engine broke the connection: {error}", code="engine_failed", retry_after_s=1)
-        await response.write(failure.event())
+    """After the comments of a waiting stream: the engine's events, its error as an event, or word that it has died."""
+    if answer.status != 200:
+        text = (await answer.content.read(65536)).decode("utf-8", "replace").strip()
+        raise ApiError(answer.status, f"the engine answered {answer.status}: {text}", code="engine_error")
+    while True:
+        try:
+            chunk = await answer.content.readany()
+        except aiohttp.ClientError as error:
+            chunk = b""
+            failure = ApiError(502, f"the engine broke the connection: {error}", code="engine_failed", retry_after_s=1)
+            await response.write(failure.event())
+        if not chunk:
+            break
+        await response.write(chunk)
     await response.write_eof()
     return response

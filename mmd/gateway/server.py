@@ -35,7 +35,10 @@ class Server:
         app.add_routes(routes)
         app.on_response_prepare.append(self._say_goodbye)
         # handler_cancellation: a client that goes away cancels its handler, and with it the request to the engine.
-        self._runner = web.AppRunner(app, handle_signals=False, handler_cancellation=True, access_log=None)
+        # shutdown_timeout: we have waited already, in `drain`.
+        self._runner = web.AppRunner(
+            app, handle_signals=False, handler_cancellation=True, access_log=None, shutdown_timeout=_GRACE_S
+        )
         self._sites: list[web.SockSite] = []
 
     async def start(self) -> None:

@@ -38,6 +38,11 @@ class Sleepers:
         nap = self._naps.get(f"{unit}/{invocation}")
         return nap.level if nap else _UNKNOWN_LEVEL
 
+    def noted(self, unit: UnitName, invocation: str) -> int:
+        """The level noted for an instance, 0 when none is: it was awake when we last knew."""
+        nap = self._naps.get(f"{unit}/{invocation}")
+        return nap.level if nap else 0
+
     def since(self, unit: UnitName, invocation: str) -> float | None:
         """When it was put to sleep, in Unix seconds; None when nobody noted it."""
         nap = self._naps.get(f"{unit}/{invocation}")

@@ -29,8 +29,8 @@ class NoDriverError(MmdError):
 class NvmlProvider:
     """See `mmd.gpu.GpuProvider`. The probe is started when it is first needed, and again after it failed.
 
-    `probe_socket` is where systemd starts one (mmd-gpu-probe.socket), with the access to devices that the gateway has not. Where
-    it does not exist (a user's own instance, a test) the probe is a child of this process.
+    `probe_socket` is where systemd starts one (mmd-gpu-probe.socket), with the access to devices that the gateway has not.
+    Where it does not exist (a user's own instance, a test) the probe is a child of this process.
     """
 
     measures = True

@@ -1,6 +1,6 @@
 """What the scheduler wants done. Every Start, Wake, Sleep and Stop is answered by exactly one `Done`."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import StrEnum
 
 from mmd.names import UnitName
@@ -20,6 +20,7 @@ class Refusal(StrEnum):
     WAITED_TOO_LONG = "waited_too_long"
     REMOVED = "removed"
     STOPPED = "stopped"
+    GPUS_UNREADABLE = "gpus_unreadable"
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,9 +43,13 @@ class Refuse:
     tail: tuple[str, ...] = ()
 
 
+# `serial` tells actions apart that are otherwise alike: the `Done` of a start that was given up must not end the next one.
+
+
 @dataclass(frozen=True, slots=True)
 class Start:
     unit: UnitName
+    serial: int = field(default=0, compare=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,6 +57,7 @@ class Wake:
     unit: UnitName
     level: int
     """What it sleeps at."""
+    serial: int = field(default=0, compare=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,11 +66,13 @@ class Sleep:
     level: int
     expected_bytes: int
     """What it should still hold per GPU afterwards, at most: the sleep is verified against it."""
+    serial: int = field(default=0, compare=False)
 
 
 @dataclass(frozen=True, slots=True)
 class Stop:
     unit: UnitName
+    serial: int = field(default=0, compare=False)
 
 
 UnitAction = Start | Wake | Sleep | Stop

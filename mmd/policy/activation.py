@@ -2,15 +2,15 @@
 
 from mmd.config import Model
 from mmd.names import UnitName
-from mmd.policy.actions import Action, Refusal, Sleep, Start, Stop, UnitAction, Wake
-from mmd.policy.admission import fits_ever, refuse_all
+from mmd.policy.actions import Action, Sleep, Start, Stop, UnitAction, Wake
+from mmd.policy.admission import misfit_of, refuse_all
 from mmd.policy.events import Phase
-from mmd.policy.instance import Claim, Instance
+from mmd.policy.instance import Claim, Failures, Instance
 from mmd.policy.ledger import covers
 from mmd.policy.placing import plan
 from mmd.policy.state import State
 
-__all__ = ["act", "advance", "claim", "demands", "revise"]
+__all__ = ["act", "advance", "demands", "make_claims", "revise"]
 
 
 def demands(state: State) -> list[Model]:
@@ -26,14 +26,16 @@ def _under_way(state: State, model: Model) -> bool:
 
 
 def revise(state: State) -> None:
-    """Drop claims that nobody waits for any more, and those whose victims have left without leaving room enough.
+    """Drop claims that nobody waits for any more, those of models that came up by other means (`systemctl start`), and those
+    whose victims have left without leaving room enough.
 
-    The latter are planned again in the same round: somebody else has taken memory meanwhile (foreign use, a sleep that kept
+    The last are planned again in the same round: somebody else has taken memory meanwhile (foreign use, a sleep that kept
     more than expected), so more must leave.
     """
     for name, claim in list(state.claims.items()):
         wanted = name in state.queues or name in state.preload
-        if not wanted or (_left(state, claim) and _short(state, claim)):
+        superfluous = not wanted or _under_way(state, state.config.models[name])
+        if superfluous or (_left(state, claim) and _short(state, claim)):
             del state.claims[name]
     victims = {unit for claim in state.claims.values() for unit in claim.victims}
     for instance in state.instances.values():
@@ -55,21 +57,30 @@ def _short(state: State, claim: Claim) -> bool:
     return not state.locked(claim.unit.placement) and not covers(state.free_now(), claim.need)
 
 
-def claim(state: State, now: float) -> list[Action]:
+def make_claims(state: State, now: float) -> list[Action]:
     """Promise memory to every model in demand that a place can be found for; refuse those for which there never will be one."""
     actions: list[Action] = []
     for model in demands(state):
-        words = fits_ever(state, model)
-        if words is not None:
-            actions += refuse_all(state, model.name, Refusal.NEVER_FITS, words, retry_after_s=None)
+        if (misfit := misfit_of(state, model)) is not None:
+            actions += refuse_all(state, model.name, misfit.why, misfit.words, retry_after_s=misfit.retry_after_s)
         elif now >= _not_before(state, model):
             impatient = now - state.queues[model.name][0].since >= state.config.policy.max_wait_s
             _promise(state, plan(state, model, now, impatient=impatient))
     for name in sorted(state.preload - state.claims.keys()):
-        model = state.config.models[name]
-        if now >= _not_before(state, model) and not _under_way(state, model) and fits_ever(state, model) is None:
-            _promise(state, plan(state, model, now, impatient=False, evict=False))
+        _preload(state, state.config.models[name], now)
     return actions
+
+
+def _preload(state: State, model: Model, now: float) -> None:
+    """Claim a place for a model that nobody waits for: only free memory will do."""
+    misfit = misfit_of(state, model)
+    if misfit is not None and misfit.retry_after_s is None:
+        state.preload.discard(model.name)
+        state.failures[model.name] = Failures(0, now, now, misfit.words, ())
+    elif _under_way(state, model):
+        state.preload.discard(model.name)
+    elif misfit is None and now >= _not_before(state, model):
+        _promise(state, plan(state, model, now, impatient=False, evict=False))
 
 
 def _promise(state: State, claim: Claim | None) -> None:
@@ -118,9 +129,9 @@ def act(state: State, instance: Instance, level: int, now: float) -> list[Action
     if level and instance.phase is Phase.READY and instance.model is not None:
         after = instance.holds_after(level, held_bytes=state.held_asleep(instance, level))
         held = max((after[gpu] for gpu in instance.unit.placement.gpus), default=0)
-        action = Sleep(instance.unit, level, int(held))
+        action = Sleep(instance.unit, level, int(held), state.next_serial())
     else:
-        action = Stop(instance.unit)
+        action = Stop(instance.unit, state.next_serial())
     instance.pending = action
     instance.since = now
     return [action]
@@ -129,11 +140,12 @@ def act(state: State, instance: Instance, level: int, now: float) -> list[Action
 def _activate(state: State, claim: Claim, now: float) -> UnitAction:
     instance = state.instances.get(claim.unit)
     if instance is not None and instance.phase is Phase.SLEEPING:
-        instance.pending = Wake(claim.unit, instance.level)
+        instance.pending = Wake(claim.unit, instance.level, state.next_serial())
     else:
         model = state.config.models[claim.model]
         definition = state.definitions.get(claim.model, "")
-        instance = Instance(claim.unit, model, Phase.STARTING, now, definition=definition, pending=Start(claim.unit))
+        instance = Instance(claim.unit, model, Phase.STARTING, now, definition=definition)
+        instance.pending = Start(claim.unit, state.next_serial())
         state.instances[claim.unit] = instance
     instance.since = now
     assert isinstance(instance.pending, Start | Wake)

@@ -1,6 +1,7 @@
 """Requests: who is let through, who waits, who is turned away, and with which words."""
 
 from collections import deque
+from dataclasses import dataclass
 
 from mmd.config import Model
 from mmd.policy.actions import Action, Admit, Refusal, Refuse
@@ -10,7 +11,7 @@ from mmd.policy.ledger import RAM, Amounts, Key, awake_amounts, minus, shortfall
 from mmd.policy.state import State
 from mmd.quantity import human_duration, human_size
 
-__all__ = ["admit", "arrive", "drop", "expire", "fits_ever", "refuse_all", "requeue"]
+__all__ = ["Misfit", "admit", "arrive", "drop", "expire", "misfit_of", "refuse_all", "requeue"]
 
 # Retry-After when the queue is full or the wait was too long: about one swap.
 _RETRY_S = 10.0
@@ -24,18 +25,19 @@ def arrive(state: State, event: Arrived, now: float) -> list[Action]:
     refusal = _hopeless(state, model, event, now)
     if refusal is not None:
         return [refusal]
-    state.traffic_of(model.name).count(now)
+    if not event.operator:
+        state.traffic_of(model.name).count(now)
     _enqueue(state, Waiter(event.request, model.name, now, event.operator))
     return []
 
 
 def _hopeless(state: State, model: Model, event: Arrived, now: float) -> Refuse | None:
-    ready = any(i.phase is Phase.READY for i in state.instances_of(model))
-    if ready:
-        return _queue_full(state, event)
-    words = fits_ever(state, model)
-    if words is not None:
-        return Refuse(event.request, Refusal.NEVER_FITS, words)
+    if any(i.phase is Phase.READY for i in state.instances_of(model)):
+        at_once = model.name not in state.queues and _least_loaded(state, model) is not None
+        return None if at_once else _queue_full(state, event)
+    misfit = misfit_of(state, model)
+    if misfit is not None:
+        return Refuse(event.request, misfit.why, misfit.words, misfit.retry_after_s)
     if event.operator:
         state.failures.pop(model.name, None)
         return None
@@ -51,10 +53,10 @@ def _failed_lately(state: State, model: Model, event: Arrived, now: float) -> Re
     if failures is None or not (failures.final or (now < failures.retry_at and not failures.crashed)):
         return None
     if failures.final:
-        message = f"{failures.reason}; it failed {failures.count} times in a row: mmdctl reset {model.name}"
+        message = f"{model.name}: {failures.reason}; it has failed {failures.count} times: mmdctl reset {model.name}"
         return Refuse(event.request, Refusal.START_FAILED, message, None, failures.tail)
     wait_s = failures.retry_at - now
-    message = f"{failures.reason}; the next try is in {human_duration(wait_s)}"
+    message = f"{model.name}: {failures.reason}; the next try is in {human_duration(wait_s)}"
     return Refuse(event.request, Refusal.BACKING_OFF, message, wait_s, failures.tail)
 
 
@@ -65,16 +67,31 @@ def _queue_full(state: State, event: Arrived) -> Refuse | None:
     return Refuse(event.request, Refusal.QUEUE_FULL, f"{limit} requests are waiting already", _RETRY_S)
 
 
-def fits_ever(state: State, model: Model) -> str | None:
+@dataclass(frozen=True, slots=True)
+class Misfit:
+    """Why there is no place for a model, now or ever."""
+
+    why: Refusal
+    words: str
+    retry_after_s: float | None = None
+
+
+def misfit_of(state: State, model: Model) -> Misfit | None:
     """None when the model fits somewhere on empty GPUs, else the arithmetic that says why not."""
     placements = state.placements(model)
+    if not placements and state.gpu_problem:
+        words = f"{model.name} needs {_gpu_words(model)}, and the GPUs cannot be read: {state.gpu_problem}"
+        return Misfit(Refusal.GPUS_UNREADABLE, words, _RETRY_S)
     if not placements:
-        return f"{model.name} needs {_gpu_words(model)}, and this machine has {len(state.gpus) or 'none'}"
+        words = f"{model.name} needs {_gpu_words(model)}, and this machine has {len(state.gpus) or 'none'}"
+        return Misfit(Refusal.NEVER_FITS, words)
     needs = [awake_amounts(model, placement) for placement in placements]
     empty, pinned = state.empty(), state.pinned(model)
     best = min(needs, key=lambda need: sum(shortfall(need, minus(empty, pinned)).values()))
     missing = next(iter(shortfall(best, minus(empty, pinned))), None)
-    return None if missing is None else f"{model.name} can never fit: {_arithmetic(state, missing, best, empty, pinned)}"
+    if missing is None:
+        return None
+    return Misfit(Refusal.NEVER_FITS, f"{model.name} can never fit: {_arithmetic(state, missing, best, empty, pinned)}")
 
 
 def _arithmetic(state: State, key: Key, need: Amounts, empty: Amounts, pinned: Amounts) -> str:

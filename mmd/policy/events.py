@@ -131,6 +131,8 @@ class Sampled:
     """GPU memory was measured."""
 
     gpus: tuple[GpuSample, ...]
+    problem: str = ""
+    """Why they cannot be read at present; the last good sample stays in force then."""
 
 
 @dataclass(frozen=True, slots=True)

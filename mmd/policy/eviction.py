@@ -32,12 +32,15 @@ class Candidate:
     freed_stopped: Amounts
 
 
-def choose_victims(candidates: Sequence[Candidate], missing: Amounts, evict: Evict) -> dict[UnitName, int] | None:
+def choose_victims(
+    candidates: Sequence[Candidate], missing: Amounts, evict: Evict, *, thorough: bool = True
+) -> dict[UnitName, int] | None:
     """The residents to remove so that `missing` comes free, each with the level it goes down to (0: stop); None: none will do.
 
-    Sets that only sleep are preferred to sets in which somebody must stop, since sleepers come back ten times faster.
+    Sets that only sleep are preferred to sets in which somebody must stop, since sleepers come back ten times faster. With
+    `thorough` false no sets are tried, but the cheapest candidates taken one by one.
     """
-    choose = _least_recent if evict is Evict.LRU else _least_loss
+    choose = _least_recent if evict is Evict.LRU else _least_loss if thorough else _least_loss_each
     asleep = choose([c for c in candidates if c.sleep_level], missing, lambda c: c.freed_asleep)
     if asleep is not None:
         return {candidate.unit: candidate.sleep_level for candidate in asleep}
@@ -70,9 +73,13 @@ def _least_recent(candidates: Sequence[Candidate], missing: Amounts, freed: _Fre
 def _least_loss(candidates: Sequence[Candidate], missing: Amounts, freed: _Freed) -> Sequence[Candidate] | None:
     helpful = [c for c in candidates if any(freed(c).get(key, 0) > 0 for key in missing)]
     if len(helpful) > _EXHAUSTIVE:
-        return _cheapest_first(sorted(helpful, key=lambda c: (c.loss, c.last_used, c.unit)), missing, freed)
+        return _least_loss_each(helpful, missing, freed)
     enough = [chosen for chosen in _subsets(helpful) if covers(plus(map(freed, chosen)), missing)]
     return min(enough, key=_cost, default=None)
+
+
+def _least_loss_each(candidates: Sequence[Candidate], missing: Amounts, freed: _Freed) -> Sequence[Candidate] | None:
+    return _cheapest_first(sorted(candidates, key=lambda c: (c.loss, c.last_used, c.unit)), missing, freed)
 
 
 def _subsets(candidates: Sequence[Candidate]) -> Iterable[tuple[Candidate, ...]]:

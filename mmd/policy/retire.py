@@ -20,6 +20,8 @@ def retire(state: State, now: float) -> list[Action]:
     for instance in list(state.instances.values()):
         if not _free_to_act(instance) or (instance.unit in victims and instance.release is None):
             continue
+        stale_s = 0.0 if instance.stale_since is None else now - instance.stale_since
+        instance.retiring = stale_s >= state.config.policy.max_wait_s > 0
         level = _due(state, instance, now)
         if level is not None:
             actions += act(state, instance, level, now)
@@ -42,7 +44,6 @@ def _due(state: State, instance: Instance, now: float) -> int | None:
     if instance.phase not in (Phase.READY, Phase.SLEEPING):
         return None
     if instance.stale_since is not None:
-        instance.retiring = now - instance.stale_since >= state.config.policy.max_wait_s
         return 0 if not instance.in_flight else None
     if instance.model is None or instance.in_flight or state.waiters_of(instance.unit):
         return None

@@ -6,7 +6,7 @@ without a new event or the passing of time it finds nothing more to do.
 
 from mmd.names import UnitName
 from mmd.policy import activation, admission
-from mmd.policy.actions import Action, Refusal, Sleep, Start, Wake
+from mmd.policy.actions import Action, Refusal, Refuse, Sleep, Start, Wake
 from mmd.policy.events import (
     Arrived,
     Cancelled,
@@ -66,7 +66,7 @@ class Scheduler:
         actions = admission.expire(state, now)
         activation.revise(state)
         actions += admission.admit(state, now)
-        actions += activation.claim(state, now)
+        actions += activation.make_claims(state, now)
         actions += retire(state, now)
         actions += activation.advance(state, now)
         return actions
@@ -80,7 +80,7 @@ class Scheduler:
             case Finished(request):
                 self._finish(request, now)
             case Unreachable(request):
-                self._unreachable(request, now)
+                return self._unreachable(request, now)
             case Observed(unit):
                 return self._observe(event, now) if not self._pending(unit) else []
             case Done():
@@ -89,8 +89,10 @@ class Scheduler:
                 return self._release(event)
             case Reset(model):
                 self._reset(model)
-            case Sampled(gpus):
-                self._sample(gpus)
+            case Sampled(gpus, problem):
+                self.state.gpu_problem = problem
+                if not problem:
+                    self._sample(gpus)
             case Reconfigured():
                 return self._reconfigure(event, now)
             case Tick():
@@ -119,22 +121,27 @@ class Scheduler:
             instance.in_flight.discard(request)
             instance.last_activity = now
 
-    def _unreachable(self, request: int, now: float) -> None:
+    def _unreachable(self, request: int, now: float) -> list[Action]:
         """Requests never bypass the queue: the request waits again, and its silent instance is stopped first."""
         unit = self.state.admitted.get(request)
+        if unit is None:
+            return []
         self._finish(request, now)
-        model = self.state.model_of(unit) if unit else None
-        if unit is None or model is None:
-            return
+        model = self.state.model_of(unit)
+        if model is None:
+            message = f"{unit} does not answer, and its model has been removed from the configuration"
+            return [Refuse(request, Refusal.REMOVED, message)]
         admission.requeue(self.state, request, model.name, now)
         instance = self.state.instances.get(unit)
         if instance is not None and instance.phase is Phase.READY and instance.pending is None:
             instance.release = Release(unit)
+        return []
 
     def _observe(self, seen: Observed, now: float) -> list[Action]:
         """Take over the state of a unit; answer the waiters of one that has failed."""
         instance = self.state.instances.get(seen.unit)
-        if seen.phase is Phase.STOPPED:
+        unknown_failure = seen.phase is Phase.FAILED and self.state.model_of(seen.unit) is None
+        if seen.phase is Phase.STOPPED or unknown_failure:
             self.state.instances.pop(seen.unit, None)
             return []
         if instance is None:
@@ -159,7 +166,7 @@ class Scheduler:
     def _done(self, event: Done, now: float) -> list[Action]:
         action, seen = event.action, event.observed
         instance = self.state.instances.get(seen.unit)
-        if instance is None or instance.pending != action:
+        if instance is None or instance.pending is None or instance.pending.serial != action.serial:
             return []  # overtaken by a stop: that one's Done counts
         instance.pending = None
         actions = self._observe(seen, now)
@@ -199,7 +206,7 @@ class Scheduler:
         count = before.count + 1 if before and now - before.at < _FORGET_S else 1
         final = count >= _MAX_FAILURES
         retry_at = now if crashed and count == 1 else now + _BACK_OFF_S * 2 ** (count - 1)
-        reason = f"{model.name}: {instance.reason or 'the unit failed'}"
+        reason = instance.reason or "its unit failed"
         self.state.failures[model.name] = Failures(count, now, retry_at, reason, instance.tail, crashed, final)
         self.state.preload.discard(model.name)
         if crashed and not final:
@@ -207,7 +214,12 @@ class Scheduler:
             return []
         retry_s = None if final else retry_at - now
         return admission.refuse_all(
-            self.state, model.name, Refusal.START_FAILED, reason, retry_after_s=retry_s, tail=instance.tail
+            self.state,
+            model.name,
+            Refusal.START_FAILED,
+            f"{model.name}: {reason}",
+            retry_after_s=retry_s,
+            tail=instance.tail,
         )
 
     def _reset(self, name: str) -> None:

@@ -38,6 +38,9 @@ class Traffic:
         self.requests += 1
 
 
+# All choices of GPUs on machines with 8 (4 of 8 is 70); on larger ones planning would take longer than a request may.
+_CHOICES_MAX = 70
+
 # Half-life of the request rate: long against a swap (seconds), short against a working day.
 _RATE_WINDOW_S = 300.0
 
@@ -59,6 +62,10 @@ class State:
     failures: dict[str, Failures] = field(default_factory=dict)
     traffic: dict[str, Traffic] = field(default_factory=dict)
     preload: set[str] = field(default_factory=set)
+    gpu_problem: str = ""
+    """Why the GPUs cannot be read, when they cannot."""
+    serial: int = 0
+    """Of the last action."""
 
     def model_of(self, unit: UnitName) -> Model | None:
         """The configured model that a unit belongs to, by its id."""
@@ -86,6 +93,10 @@ class State:
         ram = self.config.resources.ram_bytes
         named: dict[Key, float] = dict(self.config.resources.amounts.items())
         return {**gpus, RAM: self.host_ram_bytes if ram is None else ram, **named}
+
+    def next_serial(self) -> int:
+        self.serial += 1
+        return self.serial
 
     def quiet(self) -> bool:
         """Whether nobody waits for anything that the end of a request could bring about."""
@@ -137,7 +148,7 @@ class State:
         if model.gpu_count == 0:
             return [CPU]
         if isinstance(model.gpus, int):
-            return [Placement(chosen) for chosen in combinations(sorted(self.gpus), model.gpus)]
+            return _choices(sorted(self.gpus), model.gpus)
         by_uuid = {gpu.uuid: gpu.index for gpu in self.gpus.values()}
         indexes = [gpu if isinstance(gpu, int) else by_uuid.get(gpu, -1) for gpu in model.gpus]
         return [Placement(tuple(sorted(indexes)))] if set(indexes) <= set(self.gpus) else []
@@ -145,3 +156,10 @@ class State:
     def resident(self) -> Iterable[Instance]:
         """Instances that hold memory and are in nobody's hands: awake or asleep, nothing pending."""
         return (i for i in self.instances.values() if i.phase in (Phase.READY, Phase.SLEEPING) and i.pending is None)
+
+
+def _choices(gpus: list[int], count: int) -> list[Placement]:
+    """Every choice of `count` GPUs; of many, those that are neighbours, which are also the ones with the fastest links."""
+    if math.comb(len(gpus), count) <= _CHOICES_MAX:
+        return [Placement(chosen) for chosen in combinations(gpus, count)]
+    return [Placement(tuple(gpus[first : first + count])) for first in range(len(gpus) - count + 1)]

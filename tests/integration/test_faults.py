@@ -80,6 +80,8 @@ def test_an_engine_that_dies_while_serving_fails_its_request_and_serves_the_next
 def test_a_killed_runner_comes_back(faulty: Installation) -> None:
     assert chat("good").status == 200
     faulty.systemctl("kill", "--signal=KILL", "--kill-whom=main", "mmd-model-good@0.service")
+    # Until systemd has ended the engine as well, a request may reach it and be cut off: that one is answered with a 502.
+    faulty.wait_until(lambda: faulty.show("mmd-model-good@0.service", "ActiveState") != "active", 5)
     assert chat("good").status == 200
     assert faulty.show("mmd-model-good@0.service", "ActiveState") == "active"
 

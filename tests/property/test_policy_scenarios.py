@@ -399,3 +399,47 @@ def test_a_crashed_engine_is_started_again_at_once_and_a_crash_loop_ends_in_fail
         world.finish(waiter)
     world.crash(unit("a"))
     assert "mmdctl reset a" in world.refused[world.arrive("a")].message
+
+
+def test_a_model_that_comes_up_by_hand_while_room_is_made_for_it_is_used_as_it_is() -> None:
+    world = World(config_of(sim("a", 14), sim("b", 16)), 24)
+    serve(world, "a")
+    world.pass_time(11)
+    request = world.arrive("b")
+    assert isinstance(last(world), Sleep), "room is being made"
+    world.units[unit("b")] = Unit(Phase.READY)
+    world.post(Observed(unit("b"), Phase.READY, 0, "d1"))
+    world.complete(unit("a"))
+    assert request in world.admitted
+    assert Start(unit("b")) not in world.actions
+
+
+def test_nobody_listening_and_the_model_removed_meanwhile_is_an_answer_not_a_hang() -> None:
+    config = config_of(sim("a", 14))
+    world = World(config, 24)
+    request = world.arrive("a")
+    world.complete(unit("a"))
+    world.post(Reconfigured(Config(config.gateway, config.gpus, config.resources, config.policy, {}), {}, 64 * GIB))
+    world.units[unit("a")].serving.discard(request)
+    world.waiting[request] = "a"
+    del world.admitted[request]
+    world.post(Unreachable(request))
+    assert world.refused[request].why is Refusal.REMOVED
+
+
+def test_a_ready_model_is_not_refused_because_others_fill_the_queue() -> None:
+    world = World(config_of(sim("a", 8), sim("b", 8)), 24)
+    serve(world, "a")
+    for _ in range(50):
+        world.arrive("b")
+    assert world.arrive("a") in world.admitted
+
+
+def test_gpus_that_cannot_be_read_are_said_to_be_so() -> None:
+    world = World(config_of(sim("a", 14)), 24)
+    world.scheduler.state.gpus.clear()
+    world.post(Sampled((), "the GPU probe did not answer"))
+    refusal = world.refused[world.arrive("a")]
+    assert refusal.why is Refusal.GPUS_UNREADABLE
+    assert refusal.retry_after_s
+    assert "did not answer" in refusal.message
