@@ -66,8 +66,8 @@ class Instance:
     in_flight: set[int] = field(default_factory=set)
     gate_open: bool = True
     """Closed: new requests queue instead of being admitted, so that it can drain."""
-    ready_since: float = 0.0
-    """When it last became ready; waking up does not count."""
+    ready_since: float | None = None
+    """When it became ready in this run; waking up does not count. None: it has not been ready yet."""
     spared_until: float = 0.0
     """Adopted: no idle timer ends before this time, unless its last activity has become known."""
     last_activity: float = 0.0

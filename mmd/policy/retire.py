@@ -55,7 +55,7 @@ def _idle_timers(instance: Instance, model: Model) -> Iterator[tuple[int, float]
     """Level and time of each idle timer that runs for an instance, counted from max(ready, last activity)."""
     idle, earliest = model.idle, 0.0 if instance.last_activity else instance.spared_until
     if idle.stop_after_s is not None:
-        yield 0, max(earliest, max(instance.ready_since, instance.last_activity) + idle.stop_after_s)
+        yield 0, max(earliest, max(instance.ready_since or 0.0, instance.last_activity) + idle.stop_after_s)
     if idle.sleep_after_s is not None and instance.phase is Phase.READY and deepest_sleep(instance):
         yield deepest_sleep(instance), max(earliest, instance.idle_since + idle.sleep_after_s)
 

@@ -148,19 +148,23 @@ class Scheduler:
             instance = self.state.instances[seen.unit] = self._adopt(seen, now)
         was = instance.phase
         instance.observe(seen, now)
-        if seen.phase is Phase.READY and was is not Phase.READY:
+        if instance.ready_since is None and seen.phase in (Phase.READY, Phase.SLEEPING):
             instance.ready_since = now
+        elif seen.phase is Phase.STARTING:
+            instance.ready_since = None
         if seen.phase is Phase.FAILED:
             instance.release = None
         self._check_definition(instance, now)
         failed = seen.phase is Phase.FAILED and was is not Phase.FAILED
-        return self._fail(instance, now, crashed=was in (Phase.READY, Phase.SLEEPING)) if failed else []
+        return self._fail(instance, now, crashed=instance.ready_since is not None) if failed else []
 
     def _adopt(self, seen: Observed, now: float) -> Instance:
         """An instance that somebody else started, or that an earlier gateway left behind."""
         began = now - seen.age_s
         instance = Instance(seen.unit, self.state.model_of(seen.unit), seen.phase, began, level=seen.level)
-        instance.ready_since, instance.spared_until = began, now + _SPARED_S
+        instance.spared_until = now + _SPARED_S
+        if seen.phase in (Phase.READY, Phase.SLEEPING):
+            instance.ready_since = began
         return instance
 
     def _done(self, event: Done, now: float) -> list[Action]:

@@ -17,6 +17,7 @@ from fnmatch import filter as fnmatch_filter
 from typing import Any, Final
 
 from mmd.errors import MmdError
+from mmd.names import UnitName
 
 __all__ = ["ENTRY_FIELDS", "JournalEntry", "command", "entries"]
 
@@ -25,7 +26,10 @@ _MAX_ENTRY_BYTES: Final = 1 << 20
 
 _INFO: Final = 6
 
-ENTRY_FIELDS: Final = ("MESSAGE", "PRIORITY", "MMD_MODEL", "SYSLOG_IDENTIFIER", "_PID", "_SYSTEMD_UNIT", "UNIT", "USER_UNIT")
+ENTRY_FIELDS: Final = (
+    *("MESSAGE", "PRIORITY", "MMD_MODEL", "SYSLOG_IDENTIFIER", "_PID"),
+    *("_SYSTEMD_UNIT", "UNIT", "USER_UNIT", "_SYSTEMD_USER_UNIT"),
+)
 """What `entries` needs of a journal entry (journalctl --output-fields=)."""
 
 
@@ -126,11 +130,17 @@ def _entry(raw: dict[str, Any]) -> JournalEntry:
         time=int(fields["__REALTIME_TIMESTAMP"]) / 1e6,
         message=fields.get("MESSAGE", ""),
         priority=int(fields.get("PRIORITY", _INFO)),
-        model=fields.get("MMD_MODEL", ""),
+        model=fields.get("MMD_MODEL") or _model(fields.get("_SYSTEMD_USER_UNIT", "")),
         unit=fields.get("UNIT") or fields.get("USER_UNIT") or fields.get("_SYSTEMD_UNIT", ""),
         identifier=fields.get("SYSLOG_IDENTIFIER", ""),
         pid=int(fields.get("_PID", 0)),
     )
+
+
+def _model(unit: str) -> str:
+    """The unit id in the name of a user's model unit, whose lines need not be marked; "" for other units."""
+    name = UnitName.parse(unit)
+    return "" if name is None else name.id
 
 
 def _field(value: Any) -> str:

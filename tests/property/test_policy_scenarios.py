@@ -1,7 +1,5 @@
 """The policy by named example: each rule of scheduling.md, and each bug that the storms found."""
 
-from dataclasses import replace
-
 from world import GIB, Unit, World, config_of, sim
 
 from mmd.config import Config, Evict, Idle
@@ -125,7 +123,7 @@ def test_a_pinned_model_is_never_a_victim() -> None:
 def _third(evict: Evict) -> UnitName:
     """Who leaves for c: a was used longer ago, but far more often than b."""
     config = config_of(sim("a", 10), sim("b", 10), sim("c", 10))
-    world = World(replace(config, policy=replace(config.policy, evict=evict)), 24)
+    world = World(config._replace(policy=config.policy._replace(evict=evict)), 24)
     for _ in range(20):
         serve(world, "a")
     world.pass_time(20)
@@ -443,3 +441,14 @@ def test_gpus_that_cannot_be_read_are_said_to_be_so() -> None:
     assert refusal.why is Refusal.GPUS_UNREADABLE
     assert refusal.retry_after_s
     assert "did not answer" in refusal.message
+
+
+def test_a_crash_that_systemd_reports_as_stopping_first_is_a_crash_all_the_same() -> None:
+    world = World(config_of(sim("a", 14)), 24)
+    serve(world, "a")
+    world.post(Observed(unit("a"), Phase.STOPPING, 0, "d1"))
+    world.crash(unit("a"))
+    request = world.arrive("a")
+    assert isinstance(last(world), Start), "at once, since it had been ready"
+    world.complete(unit("a"))
+    assert request in world.admitted

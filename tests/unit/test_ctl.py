@@ -67,9 +67,18 @@ def test_status_of_some_models_and_as_json(gateway: Gateway, path: Path) -> None
     assert found.models[0] == gateway.status.models[0]
 
 
+def mind_interrupts() -> None:
+    """In the child: a shell that runs the tests in the background has SIGINT ignored, and children inherit that."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 def test_status_watch_survives_a_gateway_that_comes_back(gateway: Gateway, path: Path) -> None:
     with subprocess.Popen(
-        [MMDCTL, "--socket", str(path), "status", "--watch"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        [MMDCTL, "--socket", str(path), "status", "--watch"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=mind_interrupts,
     ) as process:
         assert process.stdout
         assert "not running" in process.stdout.readline()
@@ -177,7 +186,11 @@ def test_interrupt_only_stops_watching(gateway: Gateway, path: Path) -> None:
     with (
         serving(gateway, path),
         subprocess.Popen(
-            [MMDCTL, "--socket", str(path), "start", "demo/idle"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+            [MMDCTL, "--socket", str(path), "start", "demo/idle"],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            preexec_fn=mind_interrupts,
         ) as process,
     ):
         assert process.stdout
