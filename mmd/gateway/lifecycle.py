@@ -16,7 +16,7 @@ from mmd.gateway.sleepers import Sleepers
 from mmd.names import UnitName
 from mmd.policy.actions import Sleep, Start, Stop, UnitAction, Wake
 from mmd.policy.events import Done, Observed, Phase
-from mmd.report import Report
+from mmd.report import FailureReason, Report
 from mmd.scope import Scope
 from mmd.systemd.client import Systemd
 from mmd.systemd.errors import SystemdDisconnectedError, SystemdTimeoutError
@@ -151,7 +151,13 @@ class Lifecycle:
         self._known.pop(unit, None)
         failed = Observed(unit, Phase.FAILED, age_s=_age_s(state.since))
         if report is not None and report.failure is not None:
-            return replace(failed, definition=report.definition, reason=report.message, tail=report.tail)
+            return replace(
+                failed,
+                definition=report.definition,
+                reason=report.message,
+                tail=report.tail,
+                out_of_memory=report.failure is FailureReason.OUT_OF_MEMORY,
+            )
         journal = f"journalctl -u {unit}"
         words = {
             "exit-code": f"its runner never came to run or ended with status {state.exit_status}: {journal}",

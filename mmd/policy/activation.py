@@ -12,12 +12,28 @@ from mmd.policy.state import State
 
 __all__ = ["act", "advance", "demands", "make_claims", "revise"]
 
+# Below this the times that were learned say more about the machine's mood than about the model.
+_LEAST_COST_S = 0.1
 
-def demands(state: State) -> list[Model]:
-    """Models that somebody waits for and that nothing is being done for yet: by priority, then by the oldest request."""
+
+def demands(state: State, now: float) -> list[Model]:
+    """Models that somebody waits for and that nothing is being done for yet, the next one first.
+
+    By priority; then those whose oldest request has waited for policy.max_wait, the oldest first; then by how many requests a
+    second of work serves, with the times that starting and waking took last (scheduling.md, 3).
+    """
     wanted = [state.config.models[name] for name in state.queues if name not in state.claims]
     idle = [model for model in wanted if not _under_way(state, model)]
-    return sorted(idle, key=lambda model: (-model.priority, state.queues[model.name][0].since))
+    return sorted(idle, key=lambda model: _turn(state, model, now))
+
+
+def _turn(state: State, model: Model, now: float) -> tuple[int, bool, float, float]:
+    queue, traffic = state.queues[model.name], state.traffic_of(model.name)
+    oldest = queue[0].since
+    in_time = now - oldest < state.config.policy.max_wait_s
+    asleep = any(instance.phase is Phase.SLEEPING for instance in state.instances_of(model))
+    cost_s = max(traffic.wake_s if asleep else traffic.start_s, _LEAST_COST_S)
+    return (-model.priority, in_time, -len(queue) / cost_s if in_time else 0.0, oldest)
 
 
 def _under_way(state: State, model: Model) -> bool:
@@ -60,7 +76,7 @@ def _short(state: State, claim: Claim) -> bool:
 def make_claims(state: State, now: float) -> list[Action]:
     """Promise memory to every model in demand that a place can be found for; refuse those for which there never will be one."""
     actions: list[Action] = []
-    for model in demands(state):
+    for model in demands(state, now):
         if (misfit := misfit_of(state, model)) is not None:
             actions += refuse_all(state, model.name, misfit.why, misfit.words, retry_after_s=misfit.retry_after_s)
         elif now >= _not_before(state, model):
@@ -144,7 +160,8 @@ def _activate(state: State, claim: Claim, now: float) -> UnitAction:
     else:
         model = state.config.models[claim.model]
         definition = state.definitions.get(claim.model, "")
-        instance = Instance(claim.unit, model, Phase.STARTING, now, definition=definition)
+        vram_bytes = state.vram_of(model)
+        instance = Instance(claim.unit, model, Phase.STARTING, now, vram_bytes=vram_bytes, definition=definition)
         instance.pending = Start(claim.unit, state.next_serial())
         state.instances[claim.unit] = instance
     instance.since = now

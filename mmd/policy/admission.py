@@ -85,7 +85,7 @@ def misfit_of(state: State, model: Model) -> Misfit | None:
     if not placements:
         words = f"{model.name} needs {_gpu_words(model)}, and this machine has {len(state.gpus) or 'none'}"
         return Misfit(Refusal.NEVER_FITS, words)
-    needs = [awake_amounts(model, placement) for placement in placements]
+    needs = [awake_amounts(model, placement, state.vram_of(model)) for placement in placements]
     empty, pinned = state.empty(), state.pinned(model)
     best = min(needs, key=lambda need: sum(shortfall(need, minus(empty, pinned)).values()))
     missing = next(iter(shortfall(best, minus(empty, pinned))), None)

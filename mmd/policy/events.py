@@ -51,6 +51,8 @@ class Observed:
     """Why it failed."""
     tail: tuple[str, ...] = ()
     """The engine's last log lines, when it failed."""
+    out_of_memory: bool = False
+    """It failed for want of GPU memory."""
     age_s: float = 0.0
     """How long ago it came into this state. Counts where the unit is seen for the first time: it was adopted."""
 

@@ -58,10 +58,14 @@ class Instance:
     """The definition that its memory is reckoned by; None for an orphan that no configuration of ours knew."""
     phase: Phase
     since: float
+    vram_bytes: int = 0
+    """Per GPU while awake: declared, estimated, or raised after it did not do."""
     level: int = 0
     definition: str = ""
     reason: str = ""
     tail: tuple[str, ...] = ()
+    out_of_memory: bool = False
+    """It failed for want of GPU memory."""
     pending: UnitAction | None = None
     in_flight: set[int] = field(default_factory=set)
     gate_open: bool = True
@@ -87,7 +91,7 @@ class Instance:
         if seen.phase is not self.phase or seen.level != self.level:
             self.since = now
         self.phase, self.level = seen.phase, seen.level
-        self.reason, self.tail = seen.reason, seen.tail
+        self.reason, self.tail, self.out_of_memory = seen.reason, seen.tail, seen.out_of_memory
         self.definition = seen.definition or self.definition
 
     @property
@@ -113,14 +117,14 @@ class Instance:
         if self.model is None or (self.phase in (Phase.STOPPED, Phase.FAILED) and self.pending is None):
             return {}
         if self.phase is Phase.SLEEPING and not isinstance(self.pending, Wake):
-            return asleep_amounts(self.model, self.unit.placement, self.level, held_bytes=self.held_bytes)
-        return awake_amounts(self.model, self.unit.placement)
+            return asleep_amounts(self.model, self.unit.placement, self.vram_bytes, self.level, held_bytes=self.held_bytes)
+        return awake_amounts(self.model, self.unit.placement, self.vram_bytes)
 
     def holds_after(self, level: int, *, held_bytes: int | None = None) -> dict[Key, float]:
         """What it will hold once it sleeps at `level`, or has stopped (0)."""
         if self.model is None or level == 0:
             return {}
-        return asleep_amounts(self.model, self.unit.placement, level, held_bytes=held_bytes)
+        return asleep_amounts(self.model, self.unit.placement, self.vram_bytes, level, held_bytes=held_bytes)
 
     def leaving_to(self) -> int | None:
         """The level that a pending action takes it down to (0: stopped), or None when it is not on its way out."""

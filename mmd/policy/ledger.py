@@ -8,7 +8,6 @@ from collections.abc import Iterable, Mapping
 from mmd.config import Model
 from mmd.engines import engine
 from mmd.names import Placement
-from mmd.sizes import vram_bytes
 
 __all__ = ["RAM", "Amounts", "Key", "asleep_amounts", "awake_amounts", "covers", "minus", "plus", "shortfall"]
 
@@ -41,9 +40,9 @@ def covers(free: Amounts, need: Amounts) -> bool:
     return not shortfall(need, free)
 
 
-def awake_amounts(model: Model, placement: Placement) -> dict[Key, float]:
-    """What an instance holds from the moment it starts."""
-    amounts: dict[Key, float] = {gpu: vram_bytes(model) for gpu in placement.gpus}
+def awake_amounts(model: Model, placement: Placement, vram_bytes: int) -> dict[Key, float]:
+    """What an instance with `vram_bytes` per GPU holds from the moment it starts."""
+    amounts: dict[Key, float] = dict.fromkeys(placement.gpus, vram_bytes)
     if model.ram_bytes:
         amounts[RAM] = model.ram_bytes
     for name, amount in model.resources.items():
@@ -51,9 +50,11 @@ def awake_amounts(model: Model, placement: Placement) -> dict[Key, float]:
     return amounts
 
 
-def asleep_amounts(model: Model, placement: Placement, level: int, *, held_bytes: int | None) -> dict[Key, float]:
+def asleep_amounts(
+    model: Model, placement: Placement, vram_bytes: int, level: int, *, held_bytes: int | None
+) -> dict[Key, float]:
     """What it still holds while asleep: `held_bytes` per GPU where that was measured, else the engine's prior."""
     residual = engine(model.engine).residual_bytes(model, level) if held_bytes is None else held_bytes
-    amounts = awake_amounts(model, placement)
+    amounts = awake_amounts(model, placement, vram_bytes)
     amounts.update({gpu: min(residual, amounts[gpu]) for gpu in placement.gpus})
     return amounts

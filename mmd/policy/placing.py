@@ -23,20 +23,24 @@ def plan(state: State, model: Model, now: float, *, impatient: bool, evict: bool
 
     A sleeping instance wakes where it is. Otherwise: a placement that needs no victims, the fullest one that fits (best fit:
     large holes stay); else the placement whose victims are the smallest loss. `impatient` allows victims that are busy or have
-    just come (their gates will be closed and they drain); `evict` false allows no victims at all.
+    just come (their gates will be closed and they drain), and a sleeper whose place cannot be had (a pinned model has taken it)
+    to stop and start elsewhere; `evict` false allows no victims at all.
     """
-    free, units = state.free_later(), _units(state, model)
-    thorough = len(units) <= _THOROUGH_MAX
-    found = (_claim(state, model, unit, free, now, impatient=impatient, thorough=thorough) for unit in units)
-    claims = [claim for claim in found if claim is not None]
-    if not evict:
-        claims = [c for c in claims if not c.victims]
-    return min(claims, key=lambda c: _badness(state, c, free, now), default=None)
-
-
-def _units(state: State, model: Model) -> list[UnitName]:
     asleep = [i.unit for i in state.instances_of(model) if i.phase is Phase.SLEEPING]
-    return asleep or [UnitName(model.id, placement) for placement in state.placements(model)]
+    anywhere = [UnitName(model.id, placement) for placement in state.placements(model)]
+    found = _best(state, model, asleep or anywhere, now, impatient=impatient, evict=evict)
+    if found is None and asleep and impatient:
+        found = _best(state, model, [unit for unit in anywhere if unit not in asleep], now, impatient=True, evict=evict)
+        if found is not None:
+            found.victims.update(dict.fromkeys(asleep, 0))
+    return found
+
+
+def _best(state: State, model: Model, units: list[UnitName], now: float, *, impatient: bool, evict: bool) -> Claim | None:
+    free, thorough = state.free_later(), len(units) <= _THOROUGH_MAX
+    found = (_claim(state, model, unit, free, now, impatient=impatient, thorough=thorough) for unit in units)
+    claims = [claim for claim in found if claim is not None and (evict or not claim.victims)]
+    return min(claims, key=lambda c: _badness(state, c, free, now), default=None)
 
 
 def _claim(
@@ -44,7 +48,8 @@ def _claim(
 ) -> Claim | None:
     there = state.instances.get(unit)
     holds = there.holds() if there else {}
-    need = {key: amount for key, amount in minus(awake_amounts(model, unit.placement), holds).items() if amount > 0}
+    awake = awake_amounts(model, unit.placement, there.vram_bytes if there and holds else state.vram_of(model))
+    need = {key: amount for key, amount in minus(awake, holds).items() if amount > 0}
     missing = shortfall(need, free)
     victims: dict[UnitName, int] | None = {}
     if missing:

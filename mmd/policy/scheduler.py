@@ -1,9 +1,10 @@
 """The scheduler: one event in, the actions that follow from it out.
 
-Every event first changes what is known; then one round of decisions runs in a fixed order (`_settle`). A round is idempotent:
-without a new event or the passing of time it finds nothing more to do.
+Every event first changes what is known; then rounds of decisions run in a fixed order until nothing more is to be done, which
+stays so until a new event or the passing of time.
 """
 
+from mmd.config import Model
 from mmd.names import UnitName
 from mmd.policy import activation, admission
 from mmd.policy.actions import Action, Refusal, Refuse, Sleep, Start, Wake
@@ -36,6 +37,9 @@ _BACK_OFF_S = 2.0
 _MAX_FAILURES = 4
 _FORGET_S = 600.0
 
+# How much more is reckoned with after a start ran out of memory: about what estimates are off by.
+_RAISE = 1.15
+
 # After any other action failed (systemd out of reach, a right missing): long enough not to spin, short enough for a user.
 _RETRY_S = 2.0
 
@@ -62,6 +66,13 @@ class Scheduler:
         return min((at for at in deadlines(self.state, now) if at > now), default=None)
 
     def _settle(self, now: float) -> list[Action]:
+        """Rounds of decisions until one finds nothing more to do: an action of one may open what an earlier step looked at."""
+        actions: list[Action] = []
+        while found := self._round(now):
+            actions += found
+        return actions
+
+    def _round(self, now: float) -> list[Action]:
         state = self.state
         actions = admission.expire(state, now)
         activation.revise(state)
@@ -193,7 +204,7 @@ class Scheduler:
         traffic = self.state.traffic_of(instance.model.name)
         match event.action:
             case Start():
-                traffic.start_s = event.elapsed_s
+                traffic.start_s, traffic.retried = event.elapsed_s, False
             case Wake():
                 traffic.wake_s = event.elapsed_s
             case Sleep(level=level):
@@ -205,6 +216,8 @@ class Scheduler:
         """Count a failure against its model. Whoever waits is told why, unless a crashed engine gets another chance."""
         model = self.state.model_of(instance.unit)
         if model is None:
+            return []
+        if instance.out_of_memory and self._raise_size(instance, model):
             return []
         before = self.state.failures.get(model.name)
         count = before.count + 1 if before and now - before.at < _FORGET_S else 1
@@ -226,8 +239,20 @@ class Scheduler:
             tail=instance.tail,
         )
 
+    def _raise_size(self, instance: Instance, model: Model) -> bool:
+        """Reckon with more memory after a start ran out of it, and say whether to try again: once, after freeing more.
+
+        Never with more than a GPU has: a start that fails although it has one to itself is to say why.
+        """
+        traffic, state = self.state.traffic_of(model.name), self.state
+        again, traffic.retried = not traffic.retried, True
+        most = max((state.empty()[gpu] for gpu in instance.unit.placement.gpus if gpu in state.gpus), default=0)
+        traffic.raised_bytes = min(int(instance.vram_bytes * _RAISE), int(most))
+        return again
+
     def _reset(self, name: str) -> None:
         self.state.failures.pop(name, None)
+        self.state.traffic.pop(name, None)
         model = self.state.config.models.get(name)
         for instance in self.state.instances_of(model) if model else []:
             if instance.phase is Phase.FAILED and instance.pending is None:
@@ -252,10 +277,11 @@ class Scheduler:
         for name in [name for name in state.queues if name not in event.config.models]:
             message = f"the model {name!r} has been removed from the configuration"
             actions += admission.refuse_all(state, name, Refusal.REMOVED, message, retry_after_s=None)
-        for name in set(state.failures) | set(state.claims):
+        for name in {*state.failures, *state.claims, *state.traffic}:
             if before.models.get(name) != event.config.models.get(name):
                 state.failures.pop(name, None)
                 state.claims.pop(name, None)
+                state.traffic.pop(name, None)  # what was learned of another definition
         new = [model for name, model in event.config.models.items() if before.models.get(name) != model]
         state.preload = {name for name in state.preload if name in event.config.models}
         state.preload |= {model.name for model in new if model.preload}
@@ -268,7 +294,8 @@ class Scheduler:
         model = self.state.model_of(instance.unit)
         current = self.state.definitions.get(model.name, "") if model else None
         same = model is not None and (not current or not instance.definition or instance.definition == current)
-        if same:
+        if same and model is not None:
             instance.model, instance.stale_since, instance.retiring = model, None, False
+            instance.vram_bytes = instance.vram_bytes or self.state.vram_of(model)
         elif instance.stale_since is None:
             instance.stale_since = now

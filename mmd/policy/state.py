@@ -11,6 +11,7 @@ from mmd.names import CPU, Placement, UnitName
 from mmd.policy.events import GpuSample, Phase
 from mmd.policy.instance import Claim, Failures, Instance, Waiter
 from mmd.policy.ledger import RAM, Key, minus, plus
+from mmd.sizes import vram_bytes
 
 __all__ = ["State", "Traffic"]
 
@@ -28,6 +29,10 @@ class Traffic:
     wake_s: float = 3.0
     held_bytes: dict[int, int] = field(default_factory=dict)
     """Measured GPU memory per sleep level."""
+    raised_bytes: int = 0
+    """GPU memory per GPU that it is reckoned with since it ran out of what was declared or estimated."""
+    retried: bool = False
+    """Its last start ran out of memory and was tried once more."""
 
     def decayed(self, now: float) -> float:
         return self.rate * math.exp2((self.rate_at - now) / _RATE_WINDOW_S)
@@ -76,6 +81,11 @@ class State:
 
     def traffic_of(self, model: str) -> Traffic:
         return self.traffic.setdefault(model, Traffic())
+
+    def vram_of(self, model: Model) -> int:
+        """Bytes per GPU that a start of `model` is reckoned with."""
+        traffic = self.traffic.get(model.name)
+        return max(vram_bytes(model), traffic.raised_bytes if traffic else 0)
 
     def waiters_of(self, unit: UnitName) -> int:
         model = self.model_of(unit)

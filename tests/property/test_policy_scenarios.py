@@ -452,3 +452,61 @@ def test_a_crash_that_systemd_reports_as_stopping_first_is_a_crash_all_the_same(
     assert isinstance(last(world), Start), "at once, since it had been ready"
     world.complete(unit("a"))
     assert request in world.admitted
+
+
+def test_a_start_that_runs_out_of_memory_is_tried_once_more_with_more_room() -> None:
+    world = World(config_of(sim("a", 12), sim("b", 10)), 24)
+    serve(world, "b")
+    world.pass_time(11)
+    request = world.arrive("a")
+    assert last(world) == Start(unit("a")), "by what is declared it fits beside b"
+    world.complete(unit("a"), ok=False, out_of_memory=True)
+    assert request in world.waiting
+    assert isinstance(last(world), Sleep), "with 15 % more it does not: b leaves"
+    world.complete(unit("b"))
+    assert last(world) == Start(unit("a"))
+    world.complete(unit("a"), ok=False, out_of_memory=True)
+    assert world.refused[request].why is Refusal.START_FAILED
+
+
+def test_the_model_whose_waiters_are_served_soonest_per_second_of_work_goes_first() -> None:
+    world = World(config_of(sim("busy", 16), sim("one", 16), sim("three", 16)), 24)
+    serve(world, "busy")
+    stream = world.arrive("busy")
+    world.arrive("one")
+    for _ in range(3):
+        world.arrive("three")
+    world.pass_time(11)
+    world.finish(stream)
+    world.complete(unit("busy"))
+    assert last(world) == Start(unit("three")), "it asked later, but three wait for it"
+
+
+def test_whoever_has_waited_for_max_wait_goes_first() -> None:
+    world = World(config_of(sim("busy", 16), sim("one", 16), sim("three", 16)), 24)
+    serve(world, "busy")
+    stream = world.arrive("busy")
+    world.arrive("one")
+    world.pass_time(30)
+    for _ in range(3):
+        world.arrive("three")
+    world.pass_time(31)
+    world.finish(stream)
+    world.complete(unit("busy"))
+    assert last(world) == Start(unit("one"))
+
+
+def test_a_sleeper_whose_place_a_pinned_model_has_taken_moves() -> None:
+    world = World(config_of(sim("a", 14, gpus=1), sim("p", 12, pin=True, gpus=(0,))), 24, 24)
+    serve(world, "a")
+    world.release(unit("a"), 1)
+    world.complete(unit("a"))
+    serve(world, "p")
+    world.pass_time(11)
+    request = world.arrive("a")
+    world.pass_time(61)
+    assert last(world) == Stop(unit("a"))
+    world.complete(unit("a"))
+    assert last(world) == Start(unit("a", 1))
+    world.complete(unit("a", 1))
+    assert request in world.admitted

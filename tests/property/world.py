@@ -1,6 +1,6 @@
 """A small world for the scheduler: units that start, sleep, stop and crash as told, with the books kept independently."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from mmd.config import Config, EngineKind, Gateway, Gpus, Model, Policy
 from mmd.names import UnitName
@@ -139,7 +139,7 @@ class World:
             self.units[unit].serving.discard(request)
         self.post(Finished(request))
 
-    def complete(self, unit: UnitName, *, ok: bool = True, keeps: bool = False) -> None:
+    def complete(self, unit: UnitName, *, ok: bool = True, keeps: bool = False, out_of_memory: bool = False) -> None:
         """End the pending action of a unit. `keeps`: a sleep answers well but the memory does not come back."""
         action = self.pending.pop(unit)
         match action:
@@ -160,7 +160,7 @@ class World:
                 self.released.discard(unit)
                 ok = True
         held = RESIDUAL if isinstance(action, Sleep) and ok else None
-        self.post(Done(action, self._seen(unit), ok, 1.0, held))
+        self.post(Done(action, replace(self._seen(unit), out_of_memory=out_of_memory), ok, 1.0, held))
 
     def _seen(self, name: UnitName) -> Observed:
         unit = self.units.get(name)
@@ -190,7 +190,7 @@ class World:
             self.post(Tick())
         self.now = max(end, self.now)
 
-    def settle(self, rounds: int = 60) -> None:
+    def settle(self, rounds: int = 150) -> None:
         """Finish whatever is in flight or pending, again and again, until nobody waits."""
         for _ in range(rounds):
             for request in list(self.admitted):
