@@ -4,9 +4,10 @@ Sizes are bytes, durations are seconds. `None` for a duration means that the tim
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
 from enum import StrEnum
 from pathlib import Path
+from types import MappingProxyType
+from typing import NamedTuple
 
 __all__ = [
     "AdminAuth",
@@ -59,8 +60,7 @@ class Listen(StrEnum):
     UNIX = "unix"
 
 
-@dataclass(frozen=True, slots=True)
-class Gateway:
+class Gateway(NamedTuple):
     """The endpoint that clients talk to."""
 
     listen: tuple[str, ...] = ("127.0.0.1:8000",)
@@ -74,8 +74,7 @@ class Gateway:
     drain_timeout_s: float = 300.0
 
 
-@dataclass(frozen=True, slots=True)
-class Device:
+class Device(NamedTuple):
     """A GPU as configured: for `static` and `sim` its memory, for `nvml` which one."""
 
     memory_bytes: int | None = None
@@ -83,8 +82,7 @@ class Device:
     """Index or UUID (nvml)."""
 
 
-@dataclass(frozen=True, slots=True)
-class Gpus:
+class Gpus(NamedTuple):
     """The GPUs that models share."""
 
     provider: Provider = Provider.AUTO
@@ -92,16 +90,14 @@ class Gpus:
     devices: tuple[Device, ...] = ()
 
 
-@dataclass(frozen=True, slots=True)
-class Resources:
+class Resources(NamedTuple):
     """Budgets besides the GPUs. `ram_bytes` None means: what the host has."""
 
     ram_bytes: int | None = None
-    amounts: Mapping[str, float] = field(default_factory=dict)
+    amounts: Mapping[str, float] = MappingProxyType({})
 
 
-@dataclass(frozen=True, slots=True)
-class Policy:
+class Policy(NamedTuple):
     """Which model goes when another needs the room."""
 
     evict: Evict = Evict.MIN_LOSS
@@ -109,8 +105,7 @@ class Policy:
     min_residency_s: float = 10.0
 
 
-@dataclass(frozen=True, slots=True)
-class Idle:
+class Idle(NamedTuple):
     """What happens to a model that nobody uses."""
 
     sleep_after_s: float | None = None
@@ -118,8 +113,7 @@ class Idle:
     min_sleep_s: float = 0.0
 
 
-@dataclass(frozen=True, slots=True)
-class Health:
+class Health(NamedTuple):
     """How mmd knows that an engine works."""
 
     path: str = "/health"
@@ -130,16 +124,14 @@ class Health:
     """A `command` engine's own check, instead of the path; exit status 0 means healthy."""
 
 
-@dataclass(frozen=True, slots=True)
-class Limits:
+class Limits(NamedTuple):
     """Limits of a model's unit, systemd.resource-control(5)."""
 
     memory_max_bytes: int | None = None
     cpu_weight: int | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class Sim:
+class Sim(NamedTuple):
     """How a simulated engine behaves."""
 
     load_time_s: float = 2.0
@@ -147,8 +139,7 @@ class Sim:
     tokens_per_second: float = 200.0
 
 
-@dataclass(frozen=True, slots=True)
-class Model:
+class Model(NamedTuple):
     """One model, complete: `defaults` and its profile are merged in."""
 
     name: str
@@ -160,7 +151,7 @@ class Model:
     """Hub id or path; the name when nothing else is given."""
     venv: Path | None = None
     args: tuple[str, ...] = ()
-    env: Mapping[str, str] = field(default_factory=dict)
+    env: Mapping[str, str] = MappingProxyType({})
     gpus: int | tuple[int | str, ...] = 1
     """A count (the scheduler chooses) or explicit indexes or UUIDs; 0 means CPU."""
     vram_bytes: int | None = None
@@ -168,7 +159,7 @@ class Model:
     params: float | None = None
     precision: str | None = None
     ram_bytes: int = 0
-    resources: Mapping[str, float] = field(default_factory=dict)
+    resources: Mapping[str, float] = MappingProxyType({})
     sleep_level: int = 1
     """The deepest sleep that eviction and idling may use; 0 means off."""
     idle: Idle = Idle()
@@ -199,15 +190,14 @@ class Model:
         return self.gpus if isinstance(self.gpus, int) else len(self.gpus)
 
 
-@dataclass(frozen=True, slots=True)
-class Config:
+class Config(NamedTuple):
     """All of it."""
 
     gateway: Gateway = Gateway()
     gpus: Gpus = Gpus()
     resources: Resources = Resources()
     policy: Policy = Policy()
-    models: Mapping[str, Model] = field(default_factory=dict)
+    models: Mapping[str, Model] = MappingProxyType({})
     """By name, in the order of the files."""
 
     def resolve(self, name: str) -> Model | None:

@@ -5,9 +5,8 @@ Patterns are written in the part of the syntax that Python and ECMA 262 share, s
 
 import re
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from mmd.config import Device, Listen
 from mmd.quantity import (
@@ -70,8 +69,7 @@ class BadValueError(Exception):
         self.path = path
 
 
-@dataclass(frozen=True, slots=True)
-class Kind:
+class Kind(NamedTuple):
     """A kind of value."""
 
     noun: str
@@ -119,8 +117,7 @@ def _matching(
     return Kind(noun, {"type": "string", "pattern": exactly(pattern)}, read, write)
 
 
-@dataclass(frozen=True, slots=True)
-class _Quantity:
+class _Quantity(NamedTuple):
     """A number with a unit."""
 
     pattern: str

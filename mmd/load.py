@@ -6,9 +6,8 @@ Uses PyYAML and the standard library only, without name service, network or subp
 """
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from mmd.build import make_model, make_section, merge
 from mmd.check import Complaint, nearest, read_section
@@ -27,8 +26,7 @@ MODEL_KEYS = ("defaults", "profiles", "models")
 """The keys at the top whose values are made of model keys; a drop-in has `models` only."""
 
 
-@dataclass(frozen=True, slots=True)
-class Loaded:
+class Loaded(NamedTuple):
     """The configuration as far as it is right, and what is wrong with the rest."""
 
     config: Config
@@ -83,8 +81,7 @@ def _drop_ins(folder: Path, problems: list[Problem]) -> list[Path]:
     return [file for file in files if file.suffix == ".yaml"]
 
 
-@dataclass(slots=True)
-class _Draft:
+class _Draft(NamedTuple):
     """A model on its way: its own keys, and where they are."""
 
     name: str
@@ -224,8 +221,7 @@ class _Loader:
 
     def _merge(self, draft: _Draft) -> Model | None:
         """The model with its layers merged; None when they cannot be."""
-        values = merge(self._defaults, draft.values)
-        name = values.get("profile")
+        name = draft.values.get("profile", self._defaults.get("profile"))
         profile = self._profiles.get(name, {}) if name else {}
         if name and name not in self._profiles:
             match = nearest(name, self._profiles)

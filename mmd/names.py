@@ -5,29 +5,30 @@ placement: `mmd-model-qwen7b@0-1.service` is the model `qwen7b` on GPUs 0 and 1,
 """
 
 import re
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from mmd.errors import MmdError
 
 __all__ = ["CPU", "MODEL_UNIT_PATTERN", "Placement", "UnitName", "is_unit_id", "slug"]
 
-_ID = re.compile(r"[a-z0-9][a-z0-9._-]{0,62}")
-_UNIT = re.compile(r"mmd-model-(?P<id>[a-z0-9][a-z0-9._-]{0,62})@(?P<instance>cpu|[0-9]+(?:-[0-9]+)*)\.service")
+_ID = r"[a-z0-9][a-z0-9._-]{0,62}"
+_GPUS = r"[0-9]+(?:-[0-9]+)*"
+_UNIT = rf"mmd-model-(?P<id>{_ID})@(?P<instance>cpu|{_GPUS})\.service"
 _CPU_INSTANCE = "cpu"
 
 MODEL_UNIT_PATTERN = "mmd-model-*@*.service"
 """Glob for ListUnitsByPatterns (org.freedesktop.systemd1(5)) that finds every model unit."""
 
 
-@dataclass(frozen=True, slots=True, order=True)
-class Placement:
+class Placement(NamedTuple("Placement", [("gpus", tuple[int, ...])])):
     """The GPUs that one instance of a model occupies, by index, ascending; empty means CPU only."""
 
-    gpus: tuple[int, ...] = ()
+    __slots__ = ()
 
-    def __post_init__(self) -> None:
-        if list(self.gpus) != sorted(set(self.gpus)) or any(gpu < 0 for gpu in self.gpus):
-            raise MmdError(f"a placement is a set of GPU indexes in ascending order, not {self.gpus}")
+    def __new__(cls, gpus: tuple[int, ...] = ()) -> "Placement":
+        if list(gpus) != sorted(set(gpus)) or any(gpu < 0 for gpu in gpus):
+            raise MmdError(f"a placement is a set of GPU indexes in ascending order, not {gpus}")
+        return super().__new__(cls, gpus)
 
     def __str__(self) -> str:
         """The instance name: `0`, `0-1`, `cpu`."""
@@ -38,7 +39,7 @@ class Placement:
         """The placement that an instance name stands for; MmdError when it is none."""
         if instance == _CPU_INSTANCE:
             return CPU
-        if not re.fullmatch(r"[0-9]+(?:-[0-9]+)*", instance):
+        if not re.fullmatch(_GPUS, instance):
             raise MmdError(f"{instance!r} is not a placement", hint="GPU indexes joined by '-', such as 0 or 0-1, or cpu")
         return cls(tuple(int(part) for part in instance.split("-")))
 
@@ -46,8 +47,7 @@ class Placement:
 CPU = Placement()
 
 
-@dataclass(frozen=True, slots=True, order=True)
-class UnitName:
+class UnitName(NamedTuple):
     """A model unit: the model's unit id and its placement."""
 
     id: str
@@ -59,7 +59,7 @@ class UnitName:
     @classmethod
     def parse(cls, unit: str) -> "UnitName | None":
         """The model unit that `unit` names, or None when it is no model unit of ours."""
-        match = _UNIT.fullmatch(unit)
+        match = re.fullmatch(_UNIT, unit)
         if match is None:
             return None
         try:
@@ -70,7 +70,7 @@ class UnitName:
 
 def is_unit_id(text: str) -> bool:
     """Whether `text` may be a unit id: `[a-z0-9][a-z0-9._-]{0,62}`."""
-    return _ID.fullmatch(text) is not None
+    return re.fullmatch(_ID, text) is not None
 
 
 def slug(name: str) -> str:

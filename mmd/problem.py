@@ -1,13 +1,12 @@
 """What is wrong with a configuration, and where."""
 
-from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 __all__ = ["Problem"]
 
 
-@dataclass(frozen=True, slots=True, order=True)
-class Problem:
+class Problem(NamedTuple):
     """One mistake; it prints as `/etc/mmd/mmd.yaml:12: models.tiny.vrma: unknown key (did you mean vram?)`."""
 
     file: Path

@@ -1,7 +1,7 @@
 """What a schema cannot say of a configuration: rules between keys, between models, and between a model and its machine."""
 
+import os
 from collections.abc import Iterator, Mapping
-from dataclasses import replace
 from typing import Any
 
 from mmd.check import Complaint, nearest
@@ -59,8 +59,8 @@ def check_model(model: Model, *, scope: Scope, resources: Resources) -> Iterator
             yield ("resources", name), "no such resource", hint
     on_socket = model.engine in (EngineKind.VLLM, EngineKind.SIM) or model.listen is Listen.UNIX
     if on_socket and model.engine is not EngineKind.EXTERNAL:
-        socket = scope.unit_dir(UnitName(model.id, Placement(tuple(range(model.gpu_count))))) / ENGINE_SOCKET
-        excess = len(bytes(socket)) - _SOCKET_PATH_MAX_BYTES
+        socket = f"{scope.unit_dir(UnitName(model.id, Placement(tuple(range(model.gpu_count)))))}/{ENGINE_SOCKET}"
+        excess = len(os.fsencode(socket)) - _SOCKET_PATH_MAX_BYTES
         if excess > 0:
             yield ("id",), f"its socket's path {socket} is {excess} bytes too long", "give the model a shorter id"
 
@@ -109,7 +109,7 @@ def check_gateway(gateway: Gateway, complaints: list[Complaint]) -> Gateway:
             else:
                 kept[key].append(address)
             seen.add(address)
-    return replace(gateway, listen=tuple(kept["listen"]) or Gateway().listen, admin_listen=tuple(kept["admin_listen"]))
+    return gateway._replace(listen=tuple(kept["listen"]) or Gateway().listen, admin_listen=tuple(kept["admin_listen"]))
 
 
 def check_gpus(gpus: Gpus, complaints: list[Complaint]) -> Gpus:
@@ -129,7 +129,7 @@ def check_gpus(gpus: Gpus, complaints: list[Complaint]) -> Gpus:
             kept.append(device)
     if declared and not gpus.devices:
         complaints.append((("devices",), f"needed by provider {gpus.provider}", "write [{memory: 24GiB}]"))
-    return replace(gpus, devices=tuple(kept))
+    return gpus._replace(devices=tuple(kept))
 
 
 def _is_address(address: str) -> bool:

@@ -4,9 +4,7 @@ Loading a model runs code that somebody published. So an engine gets no privileg
 socket, and no network beyond loopback unless it has to download its weights.
 """
 
-import re
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 
 from mmd.config import EngineKind, Model
 from mmd.scope import Scope, ScopeKind
@@ -14,7 +12,7 @@ from mmd.unitfile import escape, quote
 
 __all__ = ["sandbox"]
 
-_BELOW_HOME = re.compile(r"(?m)(?:^|=)/(?:home|root)/")
+_BELOW_HOME = ("\n/home/", "\n/root/", "=/home/", "=/root/")  # at the start of a word or line, or as an option's value
 
 _ANYWHERE = """\
 NoNewPrivileges=yes
@@ -76,8 +74,8 @@ def sandbox(model: Model, *, scope: Scope, directory: str, uses_devices: bool, a
         return  # a user's manager can neither mount nor filter addresses
     yield _SYSTEM
     yield _NVIDIA if uses_devices else _NO_DEVICES
-    paths = (*argv, str(model.venv or ""), str(model.workdir or ""))
-    if _BELOW_HOME.search("\n".join(paths)):
+    words = "\n".join(("", *argv, str(model.venv or ""), str(model.workdir or "")))
+    if any(mark in words for mark in _BELOW_HOME):
         yield from ("# The configuration names a path below it.", "ProtectHome=read-only")
     else:
         yield "ProtectHome=yes"
@@ -96,4 +94,4 @@ def sandbox(model: Model, *, scope: Scope, directory: str, uses_devices: bool, a
 
 def _downloads(model: Model) -> bool:
     """Whether its weights come from a hub rather than from a path."""
-    return model.engine is EngineKind.VLLM and not Path(model.model or model.name).is_absolute()
+    return model.engine is EngineKind.VLLM and not (model.model or model.name).startswith("/")

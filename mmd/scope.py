@@ -2,9 +2,9 @@
 
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
+from typing import NamedTuple
 
 from mmd.names import UnitName
 
@@ -16,8 +16,7 @@ class ScopeKind(StrEnum):
     USER = "user"
 
 
-@dataclass(frozen=True, slots=True)
-class Scope:
+class Scope(NamedTuple):
     """The directories of one instance of mmd (file-hierarchy(7) for the user's)."""
 
     kind: ScopeKind

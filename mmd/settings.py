@@ -5,8 +5,7 @@ Defaults are written as in YAML; a test holds them against mmd.config, where the
 """
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 from mmd import config, kinds
 from mmd.config import EngineKind
@@ -16,8 +15,7 @@ from mmd.sizes import BYTES_PER_WEIGHT
 __all__ = ["DEFAULTS", "MODEL", "PROFILE", "TOP", "Entry", "Later", "Section", "Setting", "walk"]
 
 
-@dataclass(frozen=True, slots=True)
-class Setting:
+class Setting(NamedTuple):
     """A key with a value."""
 
     key: str
@@ -31,8 +29,7 @@ class Setting:
     """The engines that it applies to."""
 
 
-@dataclass(frozen=True, slots=True)
-class Later:
+class Later(NamedTuple):
     """A key of the format that this version does not support; it is rejected by name, never ignored."""
 
     key: str
@@ -41,8 +38,7 @@ class Later:
     """The one value that is fine, since it asks for nothing."""
 
 
-@dataclass(frozen=True, slots=True)
-class Section:
+class Section(NamedTuple):
     """A key with a mapping of keys."""
 
     key: str
@@ -381,10 +377,10 @@ def _without(*keys: str) -> dict[str, Entry]:
     return {key: entry for key, entry in MODEL.entries.items() if key not in keys}
 
 
-DEFAULTS = replace(MODEL, key="defaults", entries=_without("id", "aliases"), doc="Model keys that come under every model.")
+DEFAULTS = MODEL._replace(key="defaults", entries=_without("id", "aliases"), doc="Model keys that come under every model.")
 """A key that does not apply to a model's engine is skipped for that model."""
 
-PROFILE = replace(MODEL, key="profile", entries=_without("id", "aliases", "profile"))
+PROFILE = MODEL._replace(key="profile", entries=_without("id", "aliases", "profile"))
 
 TOP = Section("", "The file.", _entries(_GATEWAY, _GPUS, _RESOURCES, _POLICY))
 """The sections besides `defaults`, `profiles` and `models`, which hold model keys."""

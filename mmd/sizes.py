@@ -6,7 +6,6 @@ overhead = 1.5 GiB: CUDA context, captured graphs, activations
 """
 
 from collections.abc import Mapping
-from dataclasses import replace
 
 from mmd.config import EngineKind, Model
 
@@ -58,4 +57,4 @@ def vram_bytes(model: Model) -> int:
 
 def sized(model: Model) -> Model:
     """The model with its memory filled in, so that its engine keeps to what is reserved for it."""
-    return model if model.vram_bytes is not None else replace(model, vram_bytes=vram_bytes(model) or None)
+    return model if model.vram_bytes is not None else model._replace(vram_bytes=vram_bytes(model) or None)

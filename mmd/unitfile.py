@@ -36,14 +36,11 @@ def quote(word: str, *, specified: str = "", variables: bool = True) -> str:
 
 def command_line(words: Sequence[str], *, specified: str = "") -> str:
     """An ExecStart= value: an option and its value per line."""
-    lines: list[str] = []
+    pieces: list[str] = []
     for word in words:
-        text = quote(word, specified=specified)
-        if not lines or word.startswith("-"):
-            lines.append(text)
-        else:
-            lines[-1] += f" {text}"
-    return " \\\n  ".join(lines)
+        pieces.append(" \\\n  " if word.startswith("-") else " ")
+        pieces.append(quote(word, specified=specified))
+    return "".join(pieces[1:])
 
 
 def assignment(name: str, value: str, *, specified: str = "") -> str:

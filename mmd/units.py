@@ -4,10 +4,10 @@ A unit is complete: it shows exactly the command that runs, and nothing is writt
 placement (mmd.names), which the runner receives as `%i`.
 """
 
-import re
 from _blake2 import blake2b  # hashlib would load OpenSSL: 5 ms of the generator's 60
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from types import MappingProxyType
+from typing import NamedTuple
 
 from mmd.config import Config, EngineKind, Gpus, Listen, Model, Provider
 from mmd.engines import engine
@@ -28,8 +28,25 @@ _GATEWAY = "mmd-gateway.service"
 _PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 _TCP_HOSTS = {"localhost": "127.0.0.1"}  # systemd resolves no names, systemd.socket(5)
 
-_COMMENT = re.compile(r"\n#.*")
-_UNKNOWN = Specified("\0")  # stands for the fingerprint while that is computed; no user's text holds a bare NUL
+_GATEWAY_ONLY = frozenset(
+    [
+        "aliases",
+        "profile",
+        "resources",
+        "idle",
+        "wake_on_request",
+        "pin",
+        "preload",
+        "priority",
+        "concurrency",
+        "description",
+        "url",
+        "restart_on_connection_failure",
+        "source",
+        "line",
+    ]
+)
+"""What a model's process does not depend on: a change of it is no reason to start the model anew."""
 
 _SUPERVISION = """\
 # Loading takes longer; the runner extends this for as long as there is progress.
@@ -47,13 +64,12 @@ OOMPolicy=stop
 OOMScoreAdjust=500"""
 
 
-@dataclass(frozen=True, slots=True)
-class Units:
+class Units(NamedTuple):
     """What the generator writes."""
 
-    files: Mapping[str, str] = field(default_factory=dict)
+    files: Mapping[str, str] = MappingProxyType({})
     """Text by file name."""
-    links: Mapping[str, str] = field(default_factory=dict)
+    links: Mapping[str, str] = MappingProxyType({})
     """Target by the link's path, both relative to the output folder and the link."""
     problems: tuple[Problem, ...] = ()
 
@@ -78,9 +94,17 @@ def model_unit_name(model: Model) -> str:
     return f"mmd-model-{model.id}@.service"
 
 
-def definition(model: Model, *, gpus: Gpus, scope: Scope, bin_dir: str) -> str:
-    """The fingerprint of what determines a model's process: 16 hexadecimal digits, the same as in its unit's command."""
-    return _definition(_ModelUnit(model, gpus, scope, bin_dir).body())
+def definition(model: Model, *, gpus: Gpus) -> str:
+    """The fingerprint of what the user has said of a model's process: 16 hexadecimal digits, the same as in its unit's command.
+
+    It is not that of the unit's text, nor do keys count that have their default: a later version of mmd may render the same
+    definition otherwise, and upgrading must not replace models that run.
+    """
+    default = Model._field_defaults
+    said = (f"{key}={value!r}" for key, value in zip(Model._fields, model, strict=True) if key not in _GATEWAY_ONLY
+            and value != default.get(key))  # fmt: skip
+    memory = [device.memory_bytes for device in gpus.devices]
+    return blake2b("\n".join((*said, repr(memory))).encode(), digest_size=8).hexdigest()
 
 
 def model_unit(model: Model, *, gpus: Gpus, scope: Scope, bin_dir: str) -> str:
@@ -141,8 +165,7 @@ def _listen_stream(address: str) -> str:
     return f"ListenStream={_TCP_HOSTS.get(host, host)}:{port}"
 
 
-@dataclass(frozen=True, slots=True)
-class _ModelUnit:
+class _ModelUnit(NamedTuple):
     """One model's template unit in the making."""
 
     model: Model
@@ -152,17 +175,11 @@ class _ModelUnit:
 
     def text(self) -> str:
         model = self.model
-        body = self.body()
         return (
             f"# Made by mmd-generator(8) of {model.source}:{model.line}: change it there, then `mmdctl reload`;\n"
             f"# or add to it: `systemctl edit {model_unit_name(model)}`.\n"
-            f"[Unit]\nSourcePath={escape(str(model.source))}\n"
-            f"{body.replace(_UNKNOWN, _definition(body), 1)}\n"
+            f"[Unit]\nSourcePath={escape(str(model.source))}\n" + "\n".join((*self._unit(), "", *self._service(), ""))
         )
-
-    def body(self) -> str:
-        """All of it that matters to the process, with a placeholder for the fingerprint."""
-        return "\n".join((*self._unit(), "", *self._service()))
 
     @property
     def _directory(self) -> str:
@@ -226,7 +243,7 @@ class _ModelUnit:
         yield from ("--model", model.name)
         yield from ("--engine", str(model.engine))
         yield from ("--gpus", Specified("%i"))
-        yield from ("--definition", _UNKNOWN)
+        yield from ("--definition", definition(self.model, gpus=self.gpus))
         yield from ("--directory", Specified(self._directory))
         yield from ("--listen", self._listen())
         yield from ("--health-path", health.path)
@@ -292,10 +309,6 @@ class _ModelUnit:
             yield "CacheDirectoryMode=0750"
         yield "# The gateway connects to the engine's socket as a member of the group."
         yield "UMask=0007"
-
-
-def _definition(body: str) -> str:
-    return blake2b(_COMMENT.sub("", body).encode(), digest_size=8).hexdigest()
 
 
 def _expand(word: str, macros: Mapping[str, str]) -> str:

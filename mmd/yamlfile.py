@@ -7,9 +7,8 @@ keeps every line number for the case that there is something to complain about.
 """
 
 import re
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from yaml import MappingNode, Node, SafeDumper, ScalarNode, SequenceNode, YAMLError
 from yaml import dump as yaml_dump
@@ -27,8 +26,7 @@ _PLAIN = "plain"
 _MERGE = "<<"
 
 
-@dataclass(frozen=True, slots=True)
-class Document:
+class Document(NamedTuple):
     """A file's content as plain values, and the nodes that know where each of them stands."""
 
     file: Path

@@ -3,7 +3,6 @@
 import json
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict, replace
 from pathlib import Path
 
 from mmd.build import render
@@ -25,7 +24,7 @@ def check(context: Context, path: Path | None, *, quiet: bool, as_json: bool) ->
     loaded = read(context.scope, path)
     problems = loaded.problems
     if as_json:
-        entries = [{**asdict(problem), "file": str(problem.file)} for problem in problems]
+        entries = [{**problem._asdict(), "file": str(problem.file)} for problem in problems]
         counts = {"models": len(loaded.config.models), "gpus": len(loaded.config.gpus.devices)}
         print(json.dumps({"ok": not problems, **counts, "problems": entries}, indent=2))
     elif problems:
@@ -52,12 +51,12 @@ def read(scope: Scope, path: Path | None = None) -> Loaded:
     use their profiles, but only its own problems count.
     """
     if path is None or path.is_dir():
-        scope = scope if path is None else replace(scope, config_dir=path)
+        scope = scope if path is None else scope._replace(config_dir=path)
         drop_ins = sorted(file for file in (scope.config_dir / "models.d").glob("*.yaml") if not file.name.startswith("."))
         return _examine(load(scope), scope, [scope.config_file, *drop_ins])
     if path.parent.name == "models.d" and (path.parent.parent / scope.config_file.name).exists():
         whole = read(scope, path.parent.parent)
-        return replace(whole, problems=tuple(each for each in whole.problems if each.file == path))
+        return whole._replace(problems=tuple(each for each in whole.problems if each.file == path))
     try:
         loaded = load_files([(path, path.read_bytes())], scope=scope)
     except OSError as error:
@@ -69,7 +68,7 @@ def _examine(loaded: Loaded, scope: Scope, files: Sequence[Path]) -> Loaded:
     """With the models added whose units cannot be made; and if the loader has no objection at all, with jsonschema's."""
     units = render_units(loaded.config, scope=scope, bin_dir=str(Path(sys.executable).parent))
     by_schema = () if loaded.problems else (each for file in files for each in validate(parse(file.read_bytes(), file)))
-    return replace(loaded, problems=(*loaded.problems, *units.problems, *by_schema))
+    return loaded._replace(problems=(*loaded.problems, *units.problems, *by_schema))
 
 
 def _summary(config: Config) -> str:

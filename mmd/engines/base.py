@@ -2,16 +2,14 @@
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from mmd.config import Model
 
 __all__ = ["CommandContext", "Engine", "HttpCall", "ProgressPattern"]
 
 
-@dataclass(frozen=True, slots=True)
-class CommandContext:
+class CommandContext(NamedTuple):
     """What an engine's command line may depend on besides the model.
 
     `socket` holds systemd specifiers (`%i`) as the unit will; `{port}` and `{gpus}`, which are known only when the unit runs,
@@ -29,8 +27,7 @@ class CommandContext:
     """Configured memory per GPU index (providers static and sim); empty when it is measured (nvml)."""
 
 
-@dataclass(frozen=True, slots=True)
-class HttpCall:
+class HttpCall(NamedTuple):
     """One call of an engine's control API. Anything but status 200 within `timeout_s` is a failure."""
 
     method: str
@@ -39,8 +36,7 @@ class HttpCall:
     timeout_s: float = 60.0
 
 
-@dataclass(frozen=True, slots=True)
-class ProgressPattern:
+class ProgressPattern(NamedTuple):
     """A log line that tells how far a start has come.
 
     The text is formatted with the match's groups (`"loading weights {0} %"`).

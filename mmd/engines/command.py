@@ -2,7 +2,6 @@
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
 
 from mmd.config import Model
 from mmd.engines.base import CommandContext, HttpCall, ProgressPattern
@@ -11,9 +10,10 @@ from mmd.errors import MmdError
 __all__ = ["ENGINE", "Command"]
 
 
-@dataclass(frozen=True, slots=True)
 class Command:
     """See `mmd.engines.base.Engine`."""
+
+    __slots__ = ()
 
     progress: tuple[ProgressPattern, ...] = ()
     out_of_memory: re.Pattern[str] | None = re.compile(r"out of memory|OutOfMemoryError", re.IGNORECASE)

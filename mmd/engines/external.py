@@ -2,7 +2,6 @@
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import NoReturn
 
 from mmd.config import Model
@@ -12,9 +11,10 @@ from mmd.errors import MmdError
 __all__ = ["ENGINE", "External"]
 
 
-@dataclass(frozen=True, slots=True)
 class External:
     """See `mmd.engines.base.Engine`."""
+
+    __slots__ = ()
 
     progress: tuple[ProgressPattern, ...] = ()
     out_of_memory: re.Pattern[str] | None = None

@@ -5,7 +5,6 @@ Its control API and its log are vLLM's, so that the gateway and the runner treat
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
 
 from mmd.config import Model
 from mmd.engines import vllm
@@ -17,9 +16,10 @@ RESIDUAL_SHARE = {1: 0.05, 2: 0.02}
 """The share of its memory that it keeps on each GPU while asleep, by level."""
 
 
-@dataclass(frozen=True, slots=True)
 class SimEngine:
     """See `mmd.engines.base.Engine`."""
+
+    __slots__ = ()
 
     uses_socket: bool = True
     can_sleep: bool = True

@@ -7,7 +7,6 @@ build. It takes the same options as `vllm serve`.
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
 
 from mmd.config import Model
 from mmd.engines.base import CommandContext, HttpCall, ProgressPattern
@@ -68,9 +67,10 @@ _RESIDUAL_PER_PEER_BYTES = int(0.8 * _GIB)
 """More for each further GPU of a tensor parallel group (7 GB reported for eight)."""
 
 
-@dataclass(frozen=True, slots=True)
 class Vllm:
     """See `mmd.engines.base.Engine`."""
+
+    __slots__ = ()
 
     uses_socket: bool = True
     can_sleep: bool = True

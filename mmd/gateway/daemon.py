@@ -3,7 +3,6 @@
 import asyncio
 import logging
 import os
-import sys
 import time
 from collections.abc import Iterable
 from pathlib import Path
@@ -82,7 +81,7 @@ class Daemon:
         for problem in loaded.problems:
             _log.error("%s", problem)
         self.snapshot.problems = tuple(map(str, loaded.problems))
-        self.dispatcher.reconfigure(loaded.config, _definitions(loaded.config, self._scope), _host_ram_bytes())
+        self.dispatcher.reconfigure(loaded.config, _definitions(loaded.config), _host_ram_bytes())
 
     async def reload(self) -> dict[str, list[str]]:
         """Read the configuration again; a broken one changes nothing. What changed, by model name, and what is wrong."""
@@ -154,11 +153,10 @@ def _differences(before: Config, after: Config) -> dict[str, list[str]]:
     }
 
 
-def _definitions(config: Config, scope: Scope) -> dict[str, str]:
+def _definitions(config: Config) -> dict[str, str]:
     """The fingerprint that every model would be started with now, as the generator computes it."""
-    bin_dir = str(Path(sys.executable).parent)
     units = (model for model in config.models.values() if model.engine is not EngineKind.EXTERNAL)
-    return {model.name: definition(model, gpus=config.gpus, scope=scope, bin_dir=bin_dir) for model in units}
+    return {model.name: definition(model, gpus=config.gpus) for model in units}
 
 
 def _host_ram_bytes() -> int:

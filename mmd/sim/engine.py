@@ -117,6 +117,7 @@ class Engine:
         self.weights_valid = level == 1
         if self._claim and not self.options.faults.sleep_keeps_memory:
             self._claim.resize(int(self.options.vram_bytes * RESIDUAL_SHARE[level]))
+        await asyncio.sleep(self.options.sleep_time_s)  # last, so that nothing sees an engine half asleep
 
     async def wake(self, tags: Iterable[str]) -> bool:
         """POST /wake_up: whether it is fully awake now. No tags mean all; unknown ones do nothing."""

@@ -34,6 +34,7 @@ class Options:
     port: int | None
     load_time_s: float
     wake_time_s: float
+    sleep_time_s: float
     tokens_per_second: float
     vram_bytes: int
     gpus: tuple[int, ...]
@@ -59,6 +60,7 @@ def parse(argv: Sequence[str]) -> Options:
         port=raw["port"],
         load_time_s=raw["load_time"],
         wake_time_s=raw["wake_time"],
+        sleep_time_s=raw["sleep_time"],
         tokens_per_second=raw["tokens_per_second"],
         vram_bytes=raw["vram"],
         gpus=raw["gpus"],
@@ -76,6 +78,7 @@ def _parser() -> argparse.ArgumentParser:
     where.add_argument("--port", type=int, help="listen on this TCP port of 127.0.0.1")
     parser.add_argument("--load-time", type=float, default=2.0, metavar="SECONDS")
     parser.add_argument("--wake-time", type=float, default=0.2, metavar="SECONDS")
+    parser.add_argument("--sleep-time", type=float, default=0.0, metavar="SECONDS")
     parser.add_argument("--tokens-per-second", type=float, default=200.0, metavar="N", help="of one request; 0 = at once")
     parser.add_argument("--vram", type=int, default=0, metavar="BYTES", help="to allocate on each GPU")
     parser.add_argument("--gpus", type=_indexes, default=(), metavar="INDEX,...", help="where; empty = the CPU")

@@ -4,12 +4,13 @@ import os
 import re
 import subprocess
 import sys
-from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from mmd.config import Gpus
+import mmd
+from mmd.config import EngineKind, Gpus, Health, Idle, Limits, Listen, Model, Sim
 from mmd.load import load_text
 from mmd.scope import Scope
 from mmd.units import definition, model_unit, render_units
@@ -124,10 +125,11 @@ def test_help() -> None:
 
 
 def test_imports_are_few(config: Path) -> None:
-    """What would cost the 60 ms: asyncio, argparse, jsonschema, OpenSSL, and whatever asks the network or the name service."""
+    """What would cost the 60 ms: dataclasses, argparse, jsonschema, OpenSSL, whatever asks the network or the name service."""
+    path = [str(Path(mmd.__file__).parents[1]), *sys.path]
     code = "import sys; from mmd.generator import main; main(); print(*sys.modules, file=sys.stderr)"
     done = subprocess.run(
-        [sys.executable, "-IBS", "-c", f"import sys; sys.path[:0] = {sys.path!r}\n{code}", "--config-dir", config, "--dry-run"],
+        [sys.executable, "-IBS", "-c", f"import sys; sys.path[:0] = {path!r}\n{code}", "--config-dir", config, "--dry-run"],
         capture_output=True,
         text=True,
         check=True,
@@ -135,6 +137,8 @@ def test_imports_are_few(config: Path) -> None:
     heavy = {
         "asyncio",
         "argparse",
+        "dataclasses",
+        "inspect",
         "jsonschema",
         "_ssl",
         "_hashlib",
@@ -151,7 +155,7 @@ def test_imports_are_few(config: Path) -> None:
 def test_the_fingerprint_follows_what_runs() -> None:
     def fingerprint(text: str, gpus: Gpus | None = None) -> str:
         config = load_text(text).config
-        return definition(config.models["a"], gpus=gpus or config.gpus, scope=Scope.system(), bin_dir="/x")
+        return definition(config.models["a"], gpus=gpus or config.gpus)
 
     base = fingerprint(GOOD)
     assert re.fullmatch("[0-9a-f]{16}", base)
@@ -162,8 +166,32 @@ def test_the_fingerprint_follows_what_runs() -> None:
     model = load_text(GOOD).config.models["a"]
     text = model_unit(model, gpus=Gpus(), scope=Scope.system(), bin_dir="/x")
     assert f"--definition {base} \\\n" in text
-    moved = replace(model, source=Path("/elsewhere.yaml"), line=7)
-    assert definition(moved, gpus=Gpus(), scope=Scope.system(), bin_dir="/x") == base
+    moved = model._replace(source=Path("/elsewhere.yaml"), line=7)
+    assert definition(moved, gpus=Gpus()) == base
+
+
+_OTHER: dict[str, Any] = {
+    "name": "b", "id": "b", "engine": EngineKind.COMMAND, "aliases": ("x",), "profile": "p", "model": "/m", "venv": Path("/v"),
+    "args": ("--x",), "env": {"A": "b"}, "gpus": 1, "vram_bytes": 1 << 30, "params": 7e9, "precision": "fp8", "ram_bytes": 5,
+    "resources": {"r": 1.0}, "sleep_level": 0, "idle": Idle(5.0), "wake_on_request": False, "pin": True, "preload": True,
+    "priority": 3, "concurrency": 4, "health": Health("/h"), "restart_on_connection_failure": False, "limits": Limits(5),
+    "description": "d", "url": "u", "command": ("/c",), "workdir": Path("/w"), "listen": Listen.UNIX, "listen_port": 5,
+    "stop_command": ("/s",), "endpoint": "http://127.0.0.1:1", "sim": Sim(9.0), "source": Path("/s"), "line": 3,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("engine", [EngineKind.VLLM, EngineKind.SIM, EngineKind.COMMAND])
+@pytest.mark.parametrize("key", Model._fields)
+def test_whatever_changes_the_unit_changes_the_fingerprint(key: str, engine: EngineKind) -> None:
+    def text(model: Model) -> str:
+        lines = model_unit(model, gpus=Gpus(), scope=Scope.system(), bin_dir="/x").splitlines()
+        kept = (line for line in lines if not line.startswith(("#", "SourcePath=")))
+        return re.sub("--definition [0-9a-f]+", "", "\n".join(kept))
+
+    model = Model(name="a", id="a", engine=engine, command=("/bin/true",), model="/m0", gpus=1, vram_bytes=2 << 30)
+    other = model._replace(**{key: _OTHER[key]})
+    if text(model) != text(other):
+        assert definition(model, gpus=Gpus()) != definition(other, gpus=Gpus())
 
 
 @pytest.fixture(scope="module")

@@ -1,6 +1,5 @@
 """Loading: what is right takes effect, what is wrong is named with its place."""
 
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -20,7 +19,7 @@ def problems(text: str) -> list[str]:
 
 
 def scope_of(folder: Path) -> Scope:
-    return replace(Scope.system(), config_dir=folder)
+    return Scope.system()._replace(config_dir=folder)
 
 
 def test_an_empty_file_is_all_defaults() -> None:
@@ -225,7 +224,7 @@ def test_a_file_that_cannot_be_read(tmp_path: Path) -> None:
 
 
 def test_a_socket_path_that_is_too_long() -> None:
-    scope = replace(Scope.system(), kind=ScopeKind.USER, model_dir=Path("/run/user/1000") / ("x" * 60))
+    scope = Scope.system()._replace(kind=ScopeKind.USER, model_dir=Path("/run/user/1000") / ("x" * 60))
     text = f"models: {{{'m' * 63}: {{gpus: 0}}}}"
     (problem,) = load_files([(FILE, text)], scope=scope).problems
     assert problem.message.endswith("bytes too long")
@@ -246,6 +245,6 @@ def test_render_reads_back(file: Path) -> None:
     config = load_text(file.read_text(), file=file).config
     again = load_text(render(config))
     assert again.problems == ()
-    models = {m.name: replace(m, profile=None, source=Path("mmd.yaml"), line=0) for m in config.models.values()}
-    assert {m.name: replace(m, line=0) for m in again.config.models.values()} == models
-    assert replace(again.config, models={}) == replace(config, models={})
+    models = {m.name: m._replace(profile=None, source=Path("mmd.yaml"), line=0) for m in config.models.values()}
+    assert {m.name: m._replace(line=0) for m in again.config.models.values()} == models
+    assert again.config._replace(models={}) == config._replace(models={})

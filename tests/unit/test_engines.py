@@ -1,6 +1,5 @@
 """The engine descriptions: command lines, sleep and wake sequences, log patterns."""
 
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -22,7 +21,7 @@ CONTEXT = CommandContext(
 
 def vllm_model(**changes: object) -> Model:
     base = Model(name="org/m", id="m", engine=EngineKind.VLLM, vram_bytes=18 * GIB, venv=Path("/opt/vllm"))
-    return replace(base, **changes)  # type: ignore[arg-type]
+    return base._replace(**changes)  # type: ignore[arg-type]
 
 
 def vllm_command(**changes: object) -> tuple[str, ...]:
