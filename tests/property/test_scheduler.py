@@ -10,7 +10,7 @@ from mmd.policy import Scheduler
 from mmd.policy.actions import Refusal
 from mmd.policy.events import Phase
 
-_MODELS = (
+MODELS = (
     sim("a", 14),
     sim("b", 16),
     sim("c", 9, idle=Idle(sleep_after_s=30, stop_after_s=120)),
@@ -30,7 +30,7 @@ class SchedulerMachine(RuleBasedStateMachine):
     @initialize(
         evict=st.sampled_from(Evict),
         gpus=st.sampled_from([(24,), (24, 24), (16, 24)]),
-        models=st.lists(st.sampled_from(_MODELS), min_size=2, max_size=7, unique_by=lambda m: m.name),
+        models=st.lists(st.sampled_from(MODELS), min_size=2, max_size=7, unique_by=lambda m: m.name),
     )
     def begin(self, evict: Evict, gpus: tuple[int, ...], models: list[Model]) -> None:
         config = config_of(*models)
