@@ -14,6 +14,7 @@ from mmd.errors import MmdError
 from mmd.gateway.admin import AdminApi
 from mmd.gateway.api_error import ApiError
 from mmd.gateway.dispatcher import Dispatcher
+from mmd.gateway.lesson_book import LessonBook
 from mmd.gateway.lifecycle import Lifecycle
 from mmd.gateway.memory import Memory
 from mmd.gateway.openai import OpenAiApi
@@ -37,9 +38,11 @@ _RESYNC_S = 60.0
 
 
 class Daemon:
-    """One gateway. `runtime_dir` outlives it (RuntimeDirectoryPreserve=yes)."""
+    """One gateway. `runtime_dir` and `state_dir` outlive it, the latter the machine's next boot as well."""
 
-    def __init__(self, scope: Scope, systemd: Systemd, runtime_dir: Path, sockets: Iterable[ListenSocket]) -> None:
+    def __init__(
+        self, scope: Scope, systemd: Systemd, *, runtime_dir: Path, state_dir: Path, sockets: Iterable[ListenSocket]
+    ) -> None:
         self._scope = scope
         self._systemd = systemd
         self._sockets = tuple(sockets)
@@ -50,7 +53,8 @@ class Daemon:
         lifecycle = Lifecycle(
             scope, systemd, self._memory, sleepers, lambda unit: self.dispatcher.scheduler.state.model_of(unit)
         )
-        self.dispatcher = Dispatcher(lifecycle, systemd)
+        self._book = LessonBook(state_dir / "lessons.sqlite")
+        self.dispatcher = Dispatcher(lifecycle, systemd, self._book)
         self.snapshot = Snapshot(self.dispatcher, self._memory, scope=scope.kind)
 
     async def start(self) -> None:
@@ -118,6 +122,12 @@ class Daemon:
                 self.snapshot.systemd = "connected"
                 self.dispatcher.spawn(self._resynchronise())
 
+    async def _measure(self) -> None:
+        try:
+            await self.dispatcher.measure_all()
+        except MmdError as error:
+            _log.warning("cannot measure the models: %s", error)
+
     async def _resynchronise(self) -> None:
         try:
             await self.dispatcher.resynchronise()
@@ -127,6 +137,7 @@ class Daemon:
     async def _watch_systemd(self) -> None:
         while True:
             await asyncio.sleep(_RESYNC_S)
+            await self._measure()
             await self._resynchronise()
 
     async def stop(self) -> None:
@@ -142,6 +153,7 @@ class Daemon:
         await self.dispatcher.lifecycle.close()
         await self._memory.close()
         await self._systemd.close()
+        self._book.close()
 
 
 def _differences(before: Config, after: Config) -> dict[str, list[str]]:

@@ -13,10 +13,25 @@ from typing import Any
 from mmd.config import Config, Model
 from mmd.errors import MmdError
 from mmd.gateway.api_error import refused
+from mmd.gateway.lesson_book import LessonBook
 from mmd.gateway.lifecycle import Lifecycle
 from mmd.names import UnitName
-from mmd.policy.actions import Action, Admit, Refuse, UnitAction
-from mmd.policy.events import Arrived, Cancelled, Done, Event, Finished, Observed, Phase, Reconfigured, Tick, Unreachable
+from mmd.policy.actions import Action, Admit, Refuse, Start, UnitAction, Wake
+from mmd.policy.events import (
+    Arrived,
+    Cancelled,
+    Done,
+    Event,
+    Finished,
+    Measured,
+    Observed,
+    Phase,
+    Reconfigured,
+    Reset,
+    Tick,
+    Unreachable,
+)
+from mmd.policy.lesson import Lesson
 from mmd.policy.scheduler import Scheduler
 from mmd.systemd.client import Systemd
 from mmd.systemd.unit import UnitState
@@ -58,12 +73,14 @@ class Ticket:
 
 
 class Dispatcher:
-    def __init__(self, lifecycle: Lifecycle, systemd: Systemd) -> None:
+    def __init__(self, lifecycle: Lifecycle, systemd: Systemd, book: LessonBook) -> None:
         self.scheduler = Scheduler()
         self.lifecycle = lifecycle
         self.outcomes: dict[UnitName, Done] = {}
         """The last finished action on each unit."""
         self._systemd = systemd
+        self._book = book
+        self._written: dict[str, Lesson] = {}
         self._loop = asyncio.get_running_loop()
         self._requests = count(1)
         self._admissions: dict[int, asyncio.Future[UnitName]] = {}
@@ -87,6 +104,8 @@ class Dispatcher:
             self._arm(now)
         if not isinstance(event, Arrived | Finished | Cancelled):
             self._announce()
+        if isinstance(event, Done | Measured | Reset):
+            self._write_lessons()
 
     def request(self, model: Model, *, operator: bool = False) -> Ticket:
         """Ask for an instance of `model`."""
@@ -130,6 +149,28 @@ class Dispatcher:
         done = await self.lifecycle.perform(action)
         self.outcomes[action.unit] = done
         self.post(done)
+        if done.ok and isinstance(action, Start | Wake):
+            await self._measure(action.unit)
+
+    async def _measure(self, unit: UnitName) -> None:
+        measured = await self.lifecycle.measure(unit)
+        if measured is not None:
+            self.post(measured)
+
+    async def measure_all(self) -> None:
+        """Look how much memory those that are awake have come to hold."""
+        awake = [i.unit for i in self.scheduler.state.resident() if i.phase is Phase.READY and i.unit.placement.gpus]
+        for unit in awake:
+            await self._measure(unit)
+
+    def _write_lessons(self) -> None:
+        state = self.scheduler.state
+        for name, lesson in state.lessons.items():
+            if lesson is not self._written.get(name):
+                self._book.save(name, state.definitions[name], lesson)
+        for name in self._written.keys() - state.lessons.keys():
+            self._book.forget(name)
+        self._written = dict(state.lessons)
 
     def _arm(self, now: float) -> None:
         """Come back when the passing of time alone changes something."""
@@ -174,7 +215,8 @@ class Dispatcher:
             await self.next_change(0.05)
 
     def reconfigure(self, config: Config, definitions: Mapping[str, str], ram_bytes: int) -> None:
-        self.post(Reconfigured(config, definitions, ram_bytes))
+        self.post(Reconfigured(config, definitions, ram_bytes, self._book.load(definitions)))
+        self._written = dict(self.scheduler.state.lessons)
 
     async def reset_failed(self, unit: UnitName) -> None:
         """Clear systemd's memory of a failed unit."""

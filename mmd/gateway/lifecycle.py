@@ -15,7 +15,7 @@ from mmd.gateway.memory import Memory
 from mmd.gateway.sleepers import Sleepers
 from mmd.names import UnitName
 from mmd.policy.actions import Sleep, Start, Stop, UnitAction, Wake
-from mmd.policy.events import Done, Observed, Phase
+from mmd.policy.events import Done, Measured, Observed, Phase
 from mmd.report import FailureReason, Report
 from mmd.scope import Scope
 from mmd.systemd.client import Systemd
@@ -245,6 +245,12 @@ class Lifecycle:
         for call in engine(model.engine).wake(level):
             await self.engines.client(endpoint).call(call)
         self._know(unit, 0)
+
+    async def measure(self, unit: UnitName) -> Measured | None:
+        """The GPU memory that the unit's processes hold, on the GPU where they hold most; None where nobody can tell."""
+        pids = set(await self._systemd.processes(str(unit)))
+        held = self._memory.held_by(pids, unit.placement)
+        return Measured(unit, held) if held else None
 
     async def close(self) -> None:
         await self.engines.close()

@@ -40,11 +40,11 @@ class _JournalFormatter(logging.Formatter):
         return "\n".join(prefix + line for line in super().format(record).splitlines())
 
 
-async def _run(scope: Scope, runtime_dir: Path, sockets: tuple[ListenSocket, ...], notifier: Notifier) -> None:
+async def _run(scope: Scope, sockets: tuple[ListenSocket, ...], notifier: Notifier) -> None:
     loop = asyncio.get_running_loop()
     stopped = asyncio.Event()
     reloads: set[asyncio.Task[None]] = set()
-    daemon = await _start(scope, runtime_dir, sockets)
+    daemon = await _start(scope, sockets)
 
     async def reload() -> None:
         notifier.reloading()
@@ -76,7 +76,7 @@ async def _run(scope: Scope, runtime_dir: Path, sockets: tuple[ListenSocket, ...
     patience.cancel()
 
 
-async def _start(scope: Scope, runtime_dir: Path, sockets: tuple[ListenSocket, ...]) -> "Daemon":
+async def _start(scope: Scope, sockets: tuple[ListenSocket, ...]) -> "Daemon":
     """A gateway that serves. Clients wait for it: the D-Bus worker comes up while the gateway's modules, aiohttp above all, are
     imported, which takes longest of all."""
     gc.disable()
@@ -90,7 +90,10 @@ async def _start(scope: Scope, runtime_dir: Path, sockets: tuple[ListenSocket, .
         Systemd.connect(user=scope.kind is ScopeKind.USER, on_event=on_event),
         asyncio.to_thread(import_module, "mmd.gateway.daemon"),
     )
-    daemon: Daemon = module.Daemon(scope, systemd, runtime_dir, sockets)
+    # What the unit's RuntimeDirectory= and StateDirectory= made (systemd.exec(5)).
+    runtime_dir = Path(os.environ.get("RUNTIME_DIRECTORY", str(scope.runtime_dir)).split(":")[0])
+    state_dir = Path(os.environ.get("STATE_DIRECTORY", scope.state_dir))
+    daemon: Daemon = module.Daemon(scope, systemd, runtime_dir=runtime_dir, state_dir=state_dir, sockets=sockets)
     watchers.append(daemon.on_systemd)
     await daemon.start()
     gc.freeze()  # modules stay: no collection need look at them again
@@ -126,12 +129,11 @@ def main() -> None:
     if not sockets:
         manager = "systemctl --user" if arguments.user else "systemctl"
         sys.exit(f"mmd-gateway: no listening sockets were passed: start it by {manager} start mmd-gateway.socket")
-    runtime_dir = Path(os.environ.get("RUNTIME_DIRECTORY", scope.runtime_dir))
     # OpenSSL would read all certificates in one file while aiohttp is imported, 80 ms. In the directory beside it, it looks up
     # the one it needs when a connection needs one.
     os.environ.setdefault("SSL_CERT_FILE", os.devnull)
     try:
-        uvloop.run(_run(scope, runtime_dir, sockets, Notifier()))
+        uvloop.run(_run(scope, sockets, Notifier()))
     except MmdError as error:
         sys.exit(f"mmd-gateway: {error}")
 

@@ -2,7 +2,7 @@
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Set
 
 from mmd.config import Model
 from mmd.errors import MmdError
@@ -81,6 +81,11 @@ class Memory:
         if self._provider is None or not self._provider.measures or not placement.gpus:
             return None
         return self.used(placement) if await self.sample() else None
+
+    def held_by(self, pids: Set[int], placement: Placement) -> int:
+        """Bytes that these processes held in the last sample, on the GPU of the placement where it is most; 0 when unknown."""
+        gpus = (gpu for gpu in self.gpus if gpu.index in placement.gpus)
+        return max((sum(size for pid, size in gpu.by_pid.items() if pid in pids) for gpu in gpus), default=0)
 
     @staticmethod
     def awake_bytes(model: Model) -> int:

@@ -28,11 +28,11 @@ def demands(state: State, now: float) -> list[Model]:
 
 
 def _turn(state: State, model: Model, now: float) -> tuple[int, bool, float, float]:
-    queue, traffic = state.queues[model.name], state.traffic_of(model.name)
+    queue, lesson = state.queues[model.name], state.lesson_of(model.name)
     oldest = queue[0].since
     in_time = now - oldest < state.config.policy.max_wait_s
     asleep = any(instance.phase is Phase.SLEEPING for instance in state.instances_of(model))
-    cost_s = max(traffic.wake_s if asleep else traffic.start_s, _LEAST_COST_S)
+    cost_s = max(lesson.wake_s if asleep else lesson.start_s, _LEAST_COST_S)
     return (-model.priority, in_time, -len(queue) / cost_s if in_time else 0.0, oldest)
 
 

@@ -1,12 +1,13 @@
 """What the scheduler is told. Times are seconds of a monotonic clock and come with the event, never from inside."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import StrEnum
 
 from mmd.config import Config
 from mmd.names import UnitName
 from mmd.policy.actions import UnitAction
+from mmd.policy.lesson import Lesson
 
 __all__ = [
     "Arrived",
@@ -15,6 +16,7 @@ __all__ = [
     "Event",
     "Finished",
     "GpuSample",
+    "Measured",
     "Observed",
     "Phase",
     "Reconfigured",
@@ -129,6 +131,14 @@ class GpuSample:
 
 
 @dataclass(frozen=True, slots=True)
+class Measured:
+    """The GPU memory that a unit's processes hold, on the GPU where they hold most."""
+
+    unit: UnitName
+    vram_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
 class Sampled:
     """GPU memory was measured."""
 
@@ -145,6 +155,8 @@ class Reconfigured:
     definitions: Mapping[str, str]
     ram_bytes: int = 0
     """Budget of host memory, used when the configuration does not set one."""
+    lessons: Mapping[str, Lesson] = field(default_factory=dict)
+    """What was learned of these definitions before, by model name."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -152,4 +164,6 @@ class Tick:
     """Time has passed; the scheduler's `deadline` has come."""
 
 
-Event = Arrived | Cancelled | Done | Finished | Observed | Reconfigured | Release | Reset | Sampled | Tick | Unreachable
+Event = (
+    Arrived | Cancelled | Done | Finished | Measured | Observed | Reconfigured | Release | Reset | Sampled | Tick | Unreachable
+)

@@ -111,9 +111,9 @@ def deepest_sleep(instance: Instance) -> int:
 def _loss(state: State, instance: Instance, now: float) -> float:
     if instance.model is None:
         return 0.0
-    traffic = state.traffic_of(instance.model.name)
+    lesson = state.lesson_of(instance.model.name)
     if instance.phase is Phase.SLEEPING:
-        cost_s = max(0.0, traffic.start_s - traffic.wake_s)
+        cost_s = max(0.0, lesson.start_s - lesson.wake_s)
     else:
-        cost_s = traffic.wake_s if deepest_sleep(instance) else traffic.start_s
-    return traffic.decayed(now) * cost_s
+        cost_s = lesson.wake_s if deepest_sleep(instance) else lesson.start_s
+    return state.traffic_of(instance.model.name).decayed(now) * cost_s

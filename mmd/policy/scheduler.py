@@ -4,6 +4,8 @@ Every event first changes what is known; then rounds of decisions run in a fixed
 stays so until a new event or the passing of time.
 """
 
+from dataclasses import replace
+
 from mmd.config import Model
 from mmd.names import UnitName
 from mmd.policy import activation, admission
@@ -15,6 +17,7 @@ from mmd.policy.events import (
     Event,
     Finished,
     GpuSample,
+    Measured,
     Observed,
     Phase,
     Reconfigured,
@@ -26,6 +29,7 @@ from mmd.policy.events import (
 )
 from mmd.policy.instance import Failures, Instance
 from mmd.policy.ledger import plus
+from mmd.policy.lesson import Lesson
 from mmd.policy.retire import deadlines, retire
 from mmd.policy.state import State
 
@@ -37,7 +41,7 @@ _BACK_OFF_S = 2.0
 _MAX_FAILURES = 4
 _FORGET_S = 600.0
 
-# How much more is reckoned with after a start ran out of memory: about what estimates are off by.
+# How much more is reckoned with, at least, after a start ran out of memory: about what estimates are off by.
 _RAISE = 1.15
 
 # After any other action failed (systemd out of reach, a right missing): long enough not to spin, short enough for a user.
@@ -100,6 +104,8 @@ class Scheduler:
                 return self._release(event)
             case Reset(model):
                 self._reset(model)
+            case Measured():
+                self._measure(event)
             case Sampled(gpus, problem):
                 self.state.gpu_problem = problem
                 if not problem:
@@ -201,16 +207,34 @@ class Scheduler:
     def _learn_cost(self, instance: Instance, event: Done) -> None:
         if instance.model is None:
             return
-        traffic = self.state.traffic_of(instance.model.name)
+        name = instance.model.name
+        lesson = self.state.lesson_of(name)
         match event.action:
             case Start():
-                traffic.start_s, traffic.retried = event.elapsed_s, False
+                self.state.retried.discard(name)
+                lesson = replace(lesson, start_s=event.elapsed_s)
             case Wake():
-                traffic.wake_s = event.elapsed_s
+                lesson = replace(lesson, wake_s=event.elapsed_s)
             case Sleep(level=level):
                 instance.held_bytes = event.held_bytes
                 if event.held_bytes is not None:
-                    traffic.held_bytes[level] = event.held_bytes
+                    lesson = replace(lesson, held_bytes={**lesson.held_bytes, level: event.held_bytes})
+        self.state.lessons[name] = lesson
+
+    def _measure(self, event: Measured) -> None:
+        """An awake instance that holds more than it was reckoned with is reckoned with that from now on, and ever after."""
+        instance = self.state.instances.get(event.unit)
+        if instance is None or instance.model is None or instance.phase is not Phase.READY or instance.pending is not None:
+            return
+        lesson, seen = self.state.lesson_of(instance.model.name), min(event.vram_bytes, self._most(instance))
+        if seen > lesson.peak_bytes:
+            self.state.lessons[instance.model.name] = replace(lesson, peak_bytes=seen)
+        instance.vram_bytes = max(instance.vram_bytes, seen)
+
+    def _most(self, instance: Instance) -> int:
+        """What its largest GPU may give it: what has run once must not be reckoned with more, or it would never fit again."""
+        gpus = (gpu for gpu in instance.unit.placement.gpus if gpu in self.state.gpus)
+        return int(max((self.state.empty()[gpu] for gpu in gpus), default=0))
 
     def _fail(self, instance: Instance, now: float, *, crashed: bool = False) -> list[Action]:
         """Count a failure against its model. Whoever waits is told why, unless a crashed engine gets another chance."""
@@ -244,15 +268,25 @@ class Scheduler:
 
         Never with more than a GPU has: a start that fails although it has one to itself is to say why.
         """
-        traffic, state = self.state.traffic_of(model.name), self.state
-        again, traffic.retried = not traffic.retried, True
-        most = max((state.empty()[gpu] for gpu in instance.unit.placement.gpus if gpu in state.gpus), default=0)
-        traffic.raised_bytes = min(int(instance.vram_bytes * _RAISE), int(most))
+        state = self.state
+        again = model.name not in state.retried
+        state.retried.add(model.name)
+        raised = min(int(max(instance.vram_bytes * _RAISE, self._room(instance))), self._most(instance))
+        state.lessons[model.name] = replace(state.lesson_of(model.name), raised_bytes=raised)
         return again
+
+    def _room(self, instance: Instance) -> float:
+        """What the others left of its fullest GPU: if that did not do, it needs more."""
+        state = self.state
+        held = plus(other.holds() for other in state.instances.values() if other is not instance)
+        gpus = (state.gpus[gpu] for gpu in instance.unit.placement.gpus if gpu in state.gpus)
+        rooms = (gpu.total_bytes - held.get(gpu.index, 0) - state.foreign.get(gpu.index, 0) for gpu in gpus)
+        return min(rooms, default=0.0)
 
     def _reset(self, name: str) -> None:
         self.state.failures.pop(name, None)
-        self.state.traffic.pop(name, None)
+        self.state.lessons.pop(name, None)
+        self.state.retried.discard(name)
         model = self.state.config.models.get(name)
         for instance in self.state.instances_of(model) if model else []:
             if instance.phase is Phase.FAILED and instance.pending is None:
@@ -271,17 +305,20 @@ class Scheduler:
                 self.state.foreign[gpu.index] = max(0.0, gpu.used_bytes - held.get(gpu.index, 0))
 
     def _reconfigure(self, event: Reconfigured, now: float) -> list[Action]:
-        state, before = self.state, self.state.config
+        state, before, known = self.state, self.state.config, self.state.definitions
         state.config, state.definitions, state.host_ram_bytes = event.config, event.definitions, event.ram_bytes
         actions: list[Action] = []
         for name in [name for name in state.queues if name not in event.config.models]:
             message = f"the model {name!r} has been removed from the configuration"
             actions += admission.refuse_all(state, name, Refusal.REMOVED, message, retry_after_s=None)
-        for name in {*state.failures, *state.claims, *state.traffic}:
+        for name in {*state.failures, *state.claims}:
             if before.models.get(name) != event.config.models.get(name):
                 state.failures.pop(name, None)
                 state.claims.pop(name, None)
-                state.traffic.pop(name, None)  # what was learned of another definition
+        state.lessons = {
+            name: state.lessons.get(name, Lesson()) if definition == known.get(name) else event.lessons.get(name, Lesson())
+            for name, definition in event.definitions.items()
+        }
         new = [model for name, model in event.config.models.items() if before.models.get(name) != model]
         state.preload = {name for name in state.preload if name in event.config.models}
         state.preload |= {model.name for model in new if model.preload}

@@ -11,6 +11,7 @@ from mmd.names import CPU, Placement, UnitName
 from mmd.policy.events import GpuSample, Phase
 from mmd.policy.instance import Claim, Failures, Instance, Waiter
 from mmd.policy.ledger import RAM, Key, minus, plus
+from mmd.policy.lesson import Lesson
 from mmd.sizes import vram_bytes
 
 __all__ = ["State", "Traffic"]
@@ -18,21 +19,12 @@ __all__ = ["State", "Traffic"]
 
 @dataclass(slots=True)
 class Traffic:
-    """How a model is used and what bringing it back costs: the inputs of the loss in `min_loss`."""
+    """How often a model is asked for."""
 
     requests: int = 0
     rate: float = 0.0
     """Requests per second, decayed over `_RATE_WINDOW_S`."""
     rate_at: float = 0.0
-    start_s: float = 60.0
-    """Learned from the last start; the prior is a medium model's cold start."""
-    wake_s: float = 3.0
-    held_bytes: dict[int, int] = field(default_factory=dict)
-    """Measured GPU memory per sleep level."""
-    raised_bytes: int = 0
-    """GPU memory per GPU that it is reckoned with since it ran out of what was declared or estimated."""
-    retried: bool = False
-    """Its last start ran out of memory and was tried once more."""
 
     def decayed(self, now: float) -> float:
         return self.rate * math.exp2((self.rate_at - now) / _RATE_WINDOW_S)
@@ -66,6 +58,10 @@ class State:
     claims: dict[str, Claim] = field(default_factory=dict)
     failures: dict[str, Failures] = field(default_factory=dict)
     traffic: dict[str, Traffic] = field(default_factory=dict)
+    lessons: dict[str, Lesson] = field(default_factory=dict)
+    """By model name: what was learned of its present definition."""
+    retried: set[str] = field(default_factory=set)
+    """Models whose last start ran out of memory and is tried once more."""
     preload: set[str] = field(default_factory=set)
     gpu_problem: str = ""
     """Why the GPUs cannot be read, when they cannot."""
@@ -82,10 +78,17 @@ class State:
     def traffic_of(self, model: str) -> Traffic:
         return self.traffic.setdefault(model, Traffic())
 
+    def lesson_of(self, model: str) -> Lesson:
+        return self.lessons.get(model, Lesson())
+
     def vram_of(self, model: Model) -> int:
-        """Bytes per GPU that a start of `model` is reckoned with."""
-        traffic = self.traffic.get(model.name)
-        return max(vram_bytes(model), traffic.raised_bytes if traffic else 0)
+        """Bytes per GPU that a start of `model` is reckoned with: what is declared, or has been seen if that is more.
+
+        What is only estimated gives way to what has been seen.
+        """
+        lesson = self.lesson_of(model.name)
+        seen = max(lesson.peak_bytes, lesson.raised_bytes)
+        return seen if seen and model.vram_bytes is None else max(vram_bytes(model), seen)
 
     def waiters_of(self, unit: UnitName) -> int:
         model = self.model_of(unit)
@@ -151,7 +154,7 @@ class State:
         """What the last sleep of this model at `level` left on each GPU, if it was measured."""
         if instance.model is None:
             return None
-        return self.traffic_of(instance.model.name).held_bytes.get(level)
+        return self.lesson_of(instance.model.name).held_bytes.get(level)
 
     def placements(self, model: Model) -> list[Placement]:
         """Where a model may go: its explicit GPUs, or every choice of its count."""

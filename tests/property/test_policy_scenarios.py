@@ -5,7 +5,7 @@ from world import GIB, Unit, World, config_of, sim
 from mmd.config import Config, Evict, Idle
 from mmd.names import Placement, UnitName
 from mmd.policy.actions import Admit, Refusal, Refuse, Sleep, Start, Stop, Wake
-from mmd.policy.events import Done, GpuSample, Observed, Phase, Reconfigured, Sampled, Unreachable
+from mmd.policy.events import Done, GpuSample, Measured, Observed, Phase, Reconfigured, Sampled, Unreachable
 
 
 def unit(model: str, *gpus: int) -> UnitName:
@@ -510,3 +510,29 @@ def test_a_sleeper_whose_place_a_pinned_model_has_taken_moves() -> None:
     assert last(world) == Start(unit("a", 1))
     world.complete(unit("a", 1))
     assert request in world.admitted
+
+
+def test_an_instance_that_holds_more_than_declared_is_reckoned_with_that_from_then_on() -> None:
+    config = config_of(sim("a", 12), sim("b", 10))
+    world = World(config, 24)
+    serve(world, "a")
+    world.post(Measured(unit("a"), 14 * GIB))
+    world.pass_time(11)
+    world.arrive("b")
+    assert isinstance(last(world), Sleep), "12 + 10 would fit, 14 + 10 does not"
+    lesson = world.scheduler.state.lessons["a"]
+    assert lesson.peak_bytes == 14 * GIB
+    world.post(Reconfigured(config, {"a": "d2", "b": "d1"}, 64 * GIB))
+    assert world.scheduler.state.lessons["a"].peak_bytes == 0, "of another definition nothing is known"
+    world.post(Reconfigured(config, {"a": "d3", "b": "d1"}, 64 * GIB, {"a": lesson}))
+    assert world.scheduler.state.lessons["a"] == lesson, "unless it was run before"
+
+
+def test_what_has_run_once_is_never_reckoned_too_large_for_its_gpu() -> None:
+    world = World(config_of(sim("a", 23)), 24)
+    serve(world, "a")
+    world.post(Measured(unit("a"), 24 * GIB))
+    world.release(unit("a"), 0)
+    world.complete(unit("a"))
+    world.arrive("a")
+    assert last(world) == Start(unit("a"))
