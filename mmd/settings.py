@@ -184,7 +184,7 @@ _POLICY = Section(
             "min_residency",
             kinds.DURATION,
             "10s",
-            "How long a model stays at least after it has become ready.",
+            "How long a model stays after it has become ready, or twice the time that it took to come, if that is less.",
             "min_residency_s",
         ),
     ),

@@ -20,7 +20,8 @@ def demands(state: State, now: float) -> list[Model]:
     """Models that somebody waits for and that nothing is being done for yet, the next one first.
 
     By priority; then those whose oldest request has waited for policy.max_wait, the oldest first; then by how many requests a
-    second of work serves, with the times that starting and waking took last (scheduling.md, 3).
+    second of work serves (scheduling.md, 3), with the times that starting and waking took last. The time that they have waited
+    counts as well: by number alone the rarely wanted would wait for max_wait each time.
     """
     wanted = [state.config.models[name] for name in state.queues if name not in state.claims]
     idle = [model for model in wanted if not _under_way(state, model)]
@@ -33,7 +34,8 @@ def _turn(state: State, model: Model, now: float) -> tuple[int, bool, float, flo
     in_time = now - oldest < state.config.policy.max_wait_s
     asleep = any(instance.phase is Phase.SLEEPING for instance in state.instances_of(model))
     cost_s = max(lesson.wake_s if asleep else lesson.start_s, _LEAST_COST_S)
-    return (-model.priority, in_time, -len(queue) / cost_s if in_time else 0.0, oldest)
+    waited_s = sum(now - waiter.since for waiter in queue)
+    return (-model.priority, in_time, -(len(queue) + waited_s / cost_s) if in_time else 0.0, oldest)
 
 
 def _under_way(state: State, model: Model) -> bool:
@@ -43,15 +45,16 @@ def _under_way(state: State, model: Model) -> bool:
 
 def revise(state: State) -> None:
     """Drop claims that nobody waits for any more, those of models that came up by other means (`systemctl start`), and those
-    whose victims have left without leaving room enough.
+    for which what is free, and what is about to be, is no longer enough.
 
     The last are planned again in the same round: somebody else has taken memory meanwhile (foreign use, a sleep that kept
     more than expected), so more must leave.
     """
     for name, claim in list(state.claims.items()):
         wanted = name in state.queues or name in state.preload
-        superfluous = not wanted or _under_way(state, state.config.models[name])
-        if superfluous or (_left(state, claim) and _short(state, claim)):
+        free = state.free_later()  # less this claim's own need
+        broken = any(free.get(key, 0) < 0 for key in claim.need)
+        if not wanted or broken or _under_way(state, state.config.models[name]):
             del state.claims[name]
     victims = {unit for claim in state.claims.values() for unit in claim.victims}
     for instance in state.instances.values():
@@ -67,10 +70,6 @@ def _left(state: State, claim: Claim) -> bool:
         if victim.changing or victim.phase is Phase.READY or (level == 0 and victim.phase is Phase.SLEEPING):
             return False
     return True
-
-
-def _short(state: State, claim: Claim) -> bool:
-    return not state.locked(claim.unit.placement) and not covers(state.free_now(), claim.need)
 
 
 def make_claims(state: State, now: float) -> list[Action]:

@@ -1,5 +1,6 @@
 """One unit of a model as the scheduler knows it, and the requests that wait for a model."""
 
+import math
 from dataclasses import dataclass, field
 
 from mmd.config import Model
@@ -9,6 +10,10 @@ from mmd.policy.events import Observed, Phase, Release
 from mmd.policy.ledger import Key, asleep_amounts, awake_amounts
 
 __all__ = ["Claim", "Failures", "Instance", "Waiter"]
+
+
+# How long an instance stays, at least, for each second that it took to start or wake.
+_RESIDENCY_PER_ACTIVATION = 2.0
 
 
 @dataclass(slots=True)
@@ -72,6 +77,8 @@ class Instance:
     """Closed: new requests queue instead of being admitted, so that it can drain."""
     ready_since: float | None = None
     """When it became ready in this run; waking up does not count. None: it has not been ready yet."""
+    activation_s: float = math.inf
+    """How long its last start or wake took; not known of one that was adopted."""
     spared_until: float = 0.0
     """Adopted: no idle timer ends before this time, unless its last activity has become known."""
     last_activity: float = 0.0
@@ -107,6 +114,13 @@ class Instance:
     def usable(self) -> bool:
         """Whether requests may be admitted to it now."""
         return self.phase is Phase.READY and self.pending is None and self.gate_open
+
+    def settled_at(self, min_residency_s: float) -> float:
+        """When it may be evicted: after policy.min_residency, or twice the time that it took to come, if that is less.
+
+        So at most a third of the time goes into swapping, and one that wakes in a second does not hold the others up for ten.
+        """
+        return self.since + min(min_residency_s, _RESIDENCY_PER_ACTIVATION * self.activation_s)
 
     @property
     def idle_since(self) -> float:

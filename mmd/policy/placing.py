@@ -84,7 +84,7 @@ def _may_leave(state: State, instance: Instance, now: float, impatient: bool) ->
     wanted = state.waiters_of(instance.unit) > 0
     if instance.phase is Phase.SLEEPING:
         return not wanted
-    settled = now - instance.since >= state.config.policy.min_residency_s
+    settled = now >= instance.settled_at(state.config.policy.min_residency_s)
     return impatient or (settled and not wanted and not instance.in_flight)
 
 

@@ -73,7 +73,7 @@ def deadlines(state: State, now: float) -> Iterator[float]:
         if instance.model is None or instance.phase not in (Phase.READY, Phase.SLEEPING):
             continue
         if state.queues:
-            yield instance.since + state.config.policy.min_residency_s
+            yield instance.settled_at(state.config.policy.min_residency_s)
             yield instance.since + instance.model.idle.min_sleep_s
         if instance.stale_since is not None:
             yield instance.stale_since + state.config.policy.max_wait_s

@@ -70,11 +70,15 @@ class Scheduler:
         return min((at for at in deadlines(self.state, now) if at > now), default=None)
 
     def _settle(self, now: float) -> list[Action]:
-        """Rounds of decisions until one finds nothing more to do: an action of one may open what an earlier step looked at."""
+        """Rounds of decisions until one changes nothing: what one decides may open what an earlier step looked at."""
         actions: list[Action] = []
-        while found := self._round(now):
+        claims: object = None
+        while True:
+            found = self._round(now)
             actions += found
-        return actions
+            before, claims = claims, {name: (claim.unit, claim.victims) for name, claim in self.state.claims.items()}
+            if not found and claims == before:
+                return actions
 
     def _round(self, now: float) -> list[Action]:
         state = self.state
@@ -211,9 +215,11 @@ class Scheduler:
         lesson = self.state.lesson_of(name)
         match event.action:
             case Start():
+                instance.activation_s = event.elapsed_s
                 self.state.retried.discard(name)
                 lesson = replace(lesson, start_s=event.elapsed_s)
             case Wake():
+                instance.activation_s = event.elapsed_s
                 lesson = replace(lesson, wake_s=event.elapsed_s)
             case Sleep(level=level):
                 instance.held_bytes = event.held_bytes

@@ -536,3 +536,16 @@ def test_what_has_run_once_is_never_reckoned_too_large_for_its_gpu() -> None:
     world.complete(unit("a"))
     world.arrive("a")
     assert last(world) == Start(unit("a"))
+
+
+def test_what_came_quickly_may_go_quickly() -> None:
+    world = World(config_of(sim("a", 14), sim("b", 16)), 24)
+    first = world.arrive("a")
+    world.complete(unit("a"), elapsed_s=1.5)
+    world.finish(first)
+    world.arrive("b")
+    assert not world.pending
+    world.pass_time(2.9)
+    assert not world.pending
+    world.pass_time(0.2)
+    assert isinstance(last(world), Sleep), "after twice its 1.5 s, not after min_residency's 10"

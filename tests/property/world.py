@@ -139,7 +139,8 @@ class World:
             self.units[unit].serving.discard(request)
         self.post(Finished(request))
 
-    def complete(self, unit: UnitName, *, ok: bool = True, keeps: bool = False, out_of_memory: bool = False) -> None:
+    def complete(self, unit: UnitName, *, ok: bool = True, keeps: bool = False, out_of_memory: bool = False,
+                 elapsed_s: float = 30.0) -> None:  # fmt: skip
         """End the pending action of a unit. `keeps`: a sleep answers well but the memory does not come back."""
         action = self.pending.pop(unit)
         match action:
@@ -160,7 +161,7 @@ class World:
                 self.released.discard(unit)
                 ok = True
         held = RESIDUAL if isinstance(action, Sleep) and ok else None
-        self.post(Done(action, replace(self._seen(unit), out_of_memory=out_of_memory), ok, 1.0, held))
+        self.post(Done(action, replace(self._seen(unit), out_of_memory=out_of_memory), ok, elapsed_s, held))
 
     def _seen(self, name: UnitName) -> Observed:
         unit = self.units.get(name)
