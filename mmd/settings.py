@@ -343,7 +343,7 @@ MODEL = Section(
         Later("filters", "Changes to requests on their way."),
         _LIMITS,
         Setting("description", kinds.TEXT, '""', "For people."),
-        Setting("url", kinds.TEXT, "", "A link for the dashboard; {host} is the host that the browser asked."),
+        Setting("url", kinds.TEXT, "", "A link to a page of the model's own; {host} stands for this machine."),
         Setting(
             "command",
             kinds.listing(kinds.WORD, at_least=1),

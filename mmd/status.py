@@ -85,6 +85,8 @@ class ModelStatus:
     state: ModelState
     aliases: tuple[str, ...] = ()
     description: str = ""
+    url: str = ""
+    """A link to a page of the model's own; `{host}` stands for this machine."""
     instances: tuple[InstanceStatus, ...] = ()
     vram_bytes: int = 0
     """Per GPU, awake."""

@@ -86,6 +86,7 @@ def details(model: ModelStatus, terminal: Terminal, now_s: float) -> list[str]:
         ("Model", model.name),
         ("Aliases", ", ".join(model.aliases)),
         ("Description", printable(model.description)),
+        ("Link", printable(model.url)),
         ("State", terminal.paint(_state(model.state, 0), _COLOURS[model.state])),
         ("Reason", printable(model.reason)),
         ("Engine", model.engine),

@@ -129,6 +129,7 @@ class Snapshot:
             state=model_state(state, model),
             aliases=model.aliases,
             description=model.description,
+            url=model.url or "",
             instances=tuple(self._instance(instance) for instance in sorted(instances, key=lambda i: i.unit)),
             vram_bytes=vram_bytes(model),
             gpus=model.gpu_count,
