@@ -83,3 +83,6 @@ class Engine(Protocol):
 
     def residual_bytes(self, model: Model, level: int) -> int:
         """A first guess, until measured, of the GPU memory that it holds per GPU while asleep at `level`."""
+
+    def host_bytes(self, model: Model, level: int) -> int:
+        """Host memory that it takes, for all of its GPUs together, while asleep at `level`, beyond what it takes awake."""

@@ -47,6 +47,9 @@ class Command:
     def residual_bytes(self, model: Model, level: int) -> int:
         return 0
 
+    def host_bytes(self, model: Model, level: int) -> int:
+        return 0
+
 
 def _expand(word: str, macros: Mapping[str, str]) -> str:
     for macro, value in macros.items():

@@ -43,5 +43,8 @@ class External:
     def residual_bytes(self, model: Model, level: int) -> int:
         return 0
 
+    def host_bytes(self, model: Model, level: int) -> int:
+        return 0
+
 
 ENGINE = External()

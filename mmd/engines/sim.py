@@ -64,5 +64,9 @@ class SimEngine:
     def residual_bytes(self, model: Model, level: int) -> int:
         return int((model.vram_bytes or 0) * RESIDUAL_SHARE[level]) if model.gpu_count else 0
 
+    def host_bytes(self, model: Model, level: int) -> int:
+        """Level 1 moves everything but the residual, as if all of it were weights."""
+        return ((model.vram_bytes or 0) - self.residual_bytes(model, 1)) * model.gpu_count if level == 1 else 0
+
 
 ENGINE = SimEngine()

@@ -25,7 +25,7 @@ class SimProvider:
         allocations = await asyncio.to_thread(self._ledger.read)  # may wait for the ledger's lock
         by_pid: list[Counter[int]] = [Counter() for _ in self._totals]
         for allocation in allocations:
-            if allocation.gpu < len(by_pid):
+            if 0 <= allocation.gpu < len(by_pid):
                 by_pid[allocation.gpu][allocation.pid] += allocation.bytes
         return tuple(
             GpuMemory(

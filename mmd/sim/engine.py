@@ -8,7 +8,7 @@ from contextlib import asynccontextmanager
 from typing import NoReturn, TypeVar
 
 from mmd.engines.sim import RESIDUAL_SHARE
-from mmd.sim.ledger import Claim, Ledger, OutOfMemoryError
+from mmd.sim.ledger import HOST, Claim, Ledger, OutOfMemoryError
 from mmd.sim.options import Options
 
 __all__ = ["Engine", "RefusedError"]
@@ -36,6 +36,8 @@ class Engine:
         self.aborts = 0
         """Grows when everything in flight is to be cut off."""
         self._claim: Claim | None = None
+        self._host_claim: Claim | None = None
+        self._sleeps = 0
         self._asleep: set[str] = set()
         self._awake = asyncio.Event()
         self._idle = asyncio.Event()
@@ -115,9 +117,21 @@ class Engine:
             return
         self._asleep = set(_KINDS)
         self.weights_valid = level == 1
+        self._sleeps += 1
         if self._claim and not self.options.faults.sleep_keeps_memory:
-            self._claim.resize(int(self.options.vram_bytes * RESIDUAL_SHARE[level]))
+            residual = int(self.options.vram_bytes * RESIDUAL_SHARE[level]) + self._sleeps * self.options.faults.sleep_leaks
+            if level == 1:
+                self._move_to_host((self.options.vram_bytes - residual) * len(self.options.gpus))
+            self._claim.resize(min(residual, self.options.vram_bytes))
         await asyncio.sleep(self.options.sleep_time_s)  # last, so that nothing sees an engine half asleep
+
+    def _move_to_host(self, size_bytes: int) -> None:
+        """Host memory for what a level 1 sleep moves there. It dies where there is not that much, as a failing cudaMallocHost
+        makes a real one."""
+        total_bytes = self.options.host_memory_bytes
+        if total_bytes is not None and size_bytes > 0:
+            ledger = Ledger(self.options.sim_dir)
+            self._host_claim = _or_die(lambda: ledger.claim(size_bytes, owner=self.options.model, totals={HOST: total_bytes}))
 
     async def wake(self, tags: Iterable[str]) -> bool:
         """POST /wake_up: whether it is fully awake now. No tags mean all; unknown ones do nothing."""
@@ -129,6 +143,8 @@ class Engine:
             if self._claim:
                 claim = self._claim
                 _or_die(lambda: claim.resize(self.options.vram_bytes))
+            if self._host_claim:
+                self._host_claim.release()
             if "weights" in waking:
                 await asyncio.sleep(self.options.wake_time_s)
             self._asleep -= waking

@@ -21,7 +21,10 @@ from pathlib import Path
 
 from mmd.errors import MmdError
 
-__all__ = ["Allocation", "Claim", "Ledger", "OutOfMemoryError"]
+__all__ = ["HOST", "Allocation", "Claim", "Ledger", "OutOfMemoryError"]
+
+HOST = -1
+"""The machine's memory, in the place of a GPU's index."""
 
 _LOCK_FILE = ".lock"
 _NEW_PREFIX = ".new-"
@@ -68,8 +71,9 @@ class Claim:
             for gpu, total_bytes in self._totals.items():
                 free_bytes = total_bytes - used[gpu]
                 if size_bytes > free_bytes:
+                    where = "the host" if gpu == HOST else f"GPU {gpu}"
                     raise OutOfMemoryError(
-                        f"GPU {gpu} has {free_bytes} of {total_bytes} bytes free; {self._owner} needs {size_bytes}"
+                        f"{where} has {free_bytes} of {total_bytes} bytes free; {self._owner} needs {size_bytes}"
                     )
             for gpu in self._totals:
                 self._replace(gpu, size_bytes)

@@ -24,6 +24,7 @@ class Faults:
     ignore_sigterm: bool = False
     sleep_fails: bool = False
     sleep_keeps_memory: bool = False
+    sleep_leaks: int = 0
     wake_fails: bool = False
 
 
@@ -39,6 +40,7 @@ class Options:
     vram_bytes: int
     gpus: tuple[int, ...]
     gpu_memory_bytes: dict[int, int]
+    host_memory_bytes: int | None
     sim_dir: Path
     faults: Faults
 
@@ -65,6 +67,7 @@ def parse(argv: Sequence[str]) -> Options:
         vram_bytes=raw["vram"],
         gpus=raw["gpus"],
         gpu_memory_bytes=memory,
+        host_memory_bytes=raw["host_memory"],
         sim_dir=raw["sim_dir"],
         faults=faults,
     )
@@ -83,6 +86,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--vram", type=int, default=0, metavar="BYTES", help="to allocate on each GPU")
     parser.add_argument("--gpus", type=_indexes, default=(), metavar="INDEX,...", help="where; empty = the CPU")
     parser.add_argument("--gpu-memory", type=_index_and_bytes, action="append", default=[], metavar="INDEX=BYTES")
+    parser.add_argument("--host-memory", type=int, metavar="BYTES", help="what all level 1 sleepers share; default: no limit")
     parser.add_argument("--sim-dir", type=Path, default=Scope.user().sim_dir, help="the ledger of simulated GPU memory")
     _add_faults(parser.add_argument_group("faults, for tests"))
     return parser
@@ -99,6 +103,9 @@ def _add_faults(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--ignore-sigterm", action="store_true")
     group.add_argument("--sleep-fails", action="store_true", help="answer /sleep with 500")
     group.add_argument("--sleep-keeps-memory", action="store_true", help="answer /sleep with 200 and free nothing")
+    group.add_argument(
+        "--sleep-leaks", type=int, default=0, metavar="BYTES", help="each sleep keeps this much more than the last"
+    )
     group.add_argument("--wake-fails", action="store_true", help="answer /wake_up with 500")
 
 
