@@ -2,6 +2,9 @@
 
 A model's name is whatever clients send (`Qwen/Qwen2.5-7B-Instruct`). Its unit id is a slug of that name. A unit instance is a
 placement: `mmd-model-qwen7b@0-1.service` is the model `qwen7b` on GPUs 0 and 1, `@cpu` is a model that needs no GPU.
+
+A slice of a divided GPU (MIG) counts as a GPU, with an index that no whole one has: 100 is slice 0 of GPU 0, 201 is slice 1 of
+GPU 1.
 """
 
 import re
@@ -9,12 +12,25 @@ from typing import NamedTuple
 
 from mmd.errors import MmdError
 
-__all__ = ["CPU", "MODEL_UNIT_PATTERN", "Placement", "UnitName", "is_unit_id", "slug"]
+__all__ = [
+    "CPU",
+    "MODEL_UNIT_PATTERN",
+    "Placement",
+    "UnitName",
+    "divided_gpu",
+    "is_slice",
+    "is_unit_id",
+    "slice_index",
+    "slug",
+]
 
 _ID = r"[a-z0-9][a-z0-9._-]{0,62}"
 _GPUS = r"[0-9]+(?:-[0-9]+)*"
 _UNIT = rf"mmd-model-(?P<id>{_ID})@(?P<instance>cpu|{_GPUS})\.service"
 _CPU_INSTANCE = "cpu"
+
+# More GPUs than a machine has, and more slices than a GPU: 64 and 8 at present.
+_SLICES = 100
 
 MODEL_UNIT_PATTERN = "mmd-model-*@*.service"
 """Glob for ListUnitsByPatterns (org.freedesktop.systemd1(5)) that finds every model unit."""
@@ -66,6 +82,22 @@ class UnitName(NamedTuple):
             return cls(match["id"], Placement.parse(match["instance"]))
         except MmdError:  # indexes out of order: started by hand, not one of ours
             return None
+
+
+def slice_index(gpu: int, number: int) -> int:
+    """The index of slice `number` of the divided GPU `gpu`."""
+    return _SLICES * (gpu + 1) + number
+
+
+def is_slice(index: int) -> bool:
+    """Whether an index is that of a slice, not of a whole GPU."""
+    return index >= _SLICES
+
+
+def divided_gpu(index: int) -> tuple[int, int]:
+    """The inverse of `slice_index`: the GPU, and the slice's number on it."""
+    gpu, number = divmod(index, _SLICES)
+    return gpu - 1, number
 
 
 def is_unit_id(text: str) -> bool:

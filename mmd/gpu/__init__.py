@@ -20,7 +20,7 @@ class GpuMemory:
     """One GPU at one moment."""
 
     index: int
-    """In PCI bus order, as CUDA counts with CUDA_DEVICE_ORDER=PCI_BUS_ID."""
+    """In PCI bus order, as CUDA counts with CUDA_DEVICE_ORDER=PCI_BUS_ID; of a slice (MIG) as mmd.names says."""
     uuid: str
     name: str
     total_bytes: int
@@ -29,6 +29,8 @@ class GpuMemory:
     """Everybody's; None when it is not measured."""
     by_pid: Mapping[int, int] = field(default_factory=dict)
     """Bytes by (host) process id; empty when that is not known."""
+    parent_uuid: str = ""
+    """Of a slice: the divided GPU's."""
 
 
 class GpuProvider(Protocol):
@@ -45,7 +47,8 @@ class GpuProvider(Protocol):
 async def open_provider(gpus: Gpus, sim_dir: Path, probe_socket: Path | None = None) -> GpuProvider:
     """The provider that the configuration asks for; MmdError when it does not work here.
 
-    `auto` is NVML where there is a driver, and no GPUs at all where there is none. `probe_socket` is mmd-gpu-probe.socket's.
+    `auto` is NVML where there is a driver, in order or not, and no GPUs at all where there is none. `probe_socket` is
+    mmd-gpu-probe.socket's.
     """
     from mmd.gpu.nvml import NoDriverError, NvmlProvider
     from mmd.gpu.sim import SimProvider

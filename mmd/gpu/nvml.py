@@ -65,11 +65,14 @@ class NvmlProvider:
     async def sample(self) -> tuple[GpuMemory, ...]:
         async with self._lock:
             answer = await self._ask()
-        if "error" in answer:
-            if answer["no_driver"]:
-                raise NoDriverError(str(answer["error"]), hint="install the NVIDIA driver, or set gpus.provider")
-            raise MmdError(str(answer["error"]), hint="nvidia-smi")
-        return tuple(_gpu(raw) for raw in answer["gpus"])
+            if "error" in answer:
+                # What has failed once in a process may do so for ever: it has a library of the driver before.
+                await self.close()
+        if "error" not in answer:
+            return tuple(_gpu(raw) for raw in answer["gpus"])
+        if answer["no_driver"]:
+            raise NoDriverError(str(answer["error"]), hint="install the NVIDIA driver, or set gpus.provider")
+        raise MmdError(str(answer["error"]), hint="nvidia-smi")
 
     async def close(self) -> None:
         """End the probe."""
@@ -155,4 +158,5 @@ def _gpu(raw: dict[str, Any]) -> GpuMemory:
         total_bytes=raw["total_bytes"],
         used_bytes=raw["used_bytes"],
         by_pid={int(pid): size_bytes for pid, size_bytes in raw["by_pid"].items()},
+        parent_uuid=raw["parent_uuid"],
     )

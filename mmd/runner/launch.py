@@ -8,14 +8,16 @@ import socket
 import sys
 import time
 from collections.abc import Iterable, Mapping, Sequence
+from functools import cache
+from typing import NamedTuple
 
 from mmd.errors import MmdError
-from mmd.names import Placement
+from mmd.names import Placement, is_slice
 from mmd.report import REPORT_FILE, Report
 from mmd.runner.options import Options
 from mmd.runner.process import signal_group, spawn
 
-__all__ = ["choose_port", "engine_environment", "expand", "macros", "write_report"]
+__all__ = ["choose_port", "engine_environment", "expand", "macros", "visible_devices", "write_report"]
 
 _OURS = ("NOTIFY_SOCKET", "WATCHDOG_USEC", "WATCHDOG_PID", "LISTEN_FDS", "LISTEN_PID", "LISTEN_FDNAMES")
 """Between systemd and the runner only (sd_notify(3), sd_listen_fds(3)): an engine that used them would speak for the runner."""
@@ -39,16 +41,21 @@ def choose_port(wanted: int | None) -> int:
     return port
 
 
-def engine_environment(environment: Mapping[str, str], placement: Placement) -> dict[str, str]:
+def visible_devices(placement: Placement) -> str:
+    """The placement's GPUs as CUDA knows them: by index, but a slice (MIG) by its UUID. MmdError when that cannot be read."""
+    return ",".join(_uuid(gpu) if is_slice(gpu) else str(gpu) for gpu in placement.gpus)
+
+
+def engine_environment(environment: Mapping[str, str], devices: str) -> dict[str, str]:
     """The engine's variables: the unit's, and which GPUs it may see. CUDA's own order (fastest first) differs from NVML's."""
     kept = {name: value for name, value in environment.items() if name not in _OURS}
-    return kept | {"CUDA_DEVICE_ORDER": "PCI_BUS_ID", "CUDA_VISIBLE_DEVICES": _indexes(placement)}
+    return kept | {"CUDA_DEVICE_ORDER": "PCI_BUS_ID", "CUDA_VISIBLE_DEVICES": devices}
 
 
-def macros(options: Options, port: int | None, command: Iterable[str]) -> dict[str, str]:
+def macros(options: Options, devices: str, port: int | None, command: Iterable[str]) -> dict[str, str]:
     """What stands for `{port}`, `{gpus}` and so on. The GPUs are asked for their memory only if `command` needs that."""
     found = {
-        "{gpus}": _indexes(options.placement),
+        "{gpus}": devices,
         "{socket}": str(options.socket),
         "{model}": options.model,
         "{id}": options.id,
@@ -83,24 +90,33 @@ def write_report(options: Options, report: Report) -> None:
     new.rename(path)
 
 
-def _indexes(placement: Placement) -> str:
-    return ",".join(map(str, placement.gpus))
-
-
 def _vram_fraction(options: Options) -> str:
     if options.vram_bytes is None:
         raise MmdError("{vram_fraction} needs --vram")
     known = options.gpu_memory_bytes
     if any(gpu not in known for gpu in options.placement.gpus):
-        known = _measured_memory()
+        known = {index: gpu.total_bytes for index, gpu in _measured().items()}
     missing = [gpu for gpu in options.placement.gpus if gpu not in known]
     if missing or not options.placement.gpus:
         raise MmdError(f"the memory of GPU {', '.join(map(str, missing)) or '(none)'} is not known", hint="nvidia-smi")
     return f"{min(1.0, options.vram_bytes / min(known[gpu] for gpu in options.placement.gpus)):.4f}"
 
 
-def _measured_memory() -> dict[int, int]:
-    """Total memory by GPU, from NVML in a process of its own: neither pynvml nor the driver's library stays in the runner."""
+def _uuid(gpu: int) -> str:
+    known = _measured()
+    if gpu not in known:
+        raise MmdError(f"there is no GPU {gpu}: what it was divided into has changed", hint="nvidia-smi -L")
+    return known[gpu].uuid
+
+
+class _Gpu(NamedTuple):
+    uuid: str
+    total_bytes: int
+
+
+@cache
+def _measured() -> dict[int, _Gpu]:
+    """By index, from NVML in a process of its own: neither pynvml nor the driver's library stays in the runner."""
     reading, writing = os.pipe()
     pid = spawn((sys.executable, "-m", "mmd.gpu.probe", "--once"), os.environ, output=writing)
     os.close(writing)
@@ -117,12 +133,12 @@ def _measured_memory() -> dict[int, int]:
     return _parse_probe(text.decode(errors="replace"))
 
 
-def _parse_probe(text: str) -> dict[int, int]:
+def _parse_probe(text: str) -> dict[int, _Gpu]:
     """The last line is the answer; a driver may have said something before it."""
     try:
         answer = json.loads(text.strip().rpartition("\n")[2])
         if "error" in answer:
-            raise MmdError(f"the GPUs' memory cannot be read: {answer['error']}", hint="nvidia-smi")
-        return {gpu["index"]: gpu["total_bytes"] for gpu in answer["gpus"]}
+            raise MmdError(f"the GPUs cannot be read: {answer['error']}", hint="nvidia-smi")
+        return {gpu["index"]: _Gpu(gpu["uuid"], gpu["total_bytes"]) for gpu in answer["gpus"]}
     except (ValueError, KeyError, TypeError) as error:
-        raise MmdError(f"the GPUs' memory cannot be read: the probe said {text!r}", hint="nvidia-smi") from error
+        raise MmdError(f"the GPUs cannot be read: the probe said {text!r}", hint="nvidia-smi") from error

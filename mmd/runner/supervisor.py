@@ -28,7 +28,7 @@ from mmd.engines.base import HttpCall
 from mmd.errors import MmdError
 from mmd.report import FailureReason, Report
 from mmd.runner.check import Check, CommandCheck, HttpCheck, Outcome
-from mmd.runner.launch import choose_port, engine_environment, expand, macros, write_report
+from mmd.runner.launch import choose_port, engine_environment, expand, macros, visible_devices, write_report
 from mmd.runner.loop import Loop
 from mmd.runner.options import Options
 from mmd.runner.output import EngineLog
@@ -72,7 +72,8 @@ class Supervisor:
     def __init__(self, options: Options, environment: Mapping[str, str]) -> None:
         self._options = options
         self._engine = engine(options.engine)
-        self._environment = engine_environment(environment, options.placement)
+        self._environment = environment
+        """The unit's; the engine's once it is launched."""
         self._invocation = environment.get("INVOCATION_ID", "")
         self._notifier = Notifier()
         self._watchdog_s = watchdog_interval_s(environment) or 0.0
@@ -114,7 +115,9 @@ class Supervisor:
         options = self._options
         options.socket.unlink(missing_ok=True)  # vLLM leaves it behind and then fails to bind it (EADDRINUSE)
         self._port = choose_port(options.port) if options.listen_tcp else None
-        self._macros = macros(options, self._port, options.command)
+        devices = visible_devices(options.placement)
+        self._environment = engine_environment(self._environment, devices)
+        self._macros = macros(options, devices, self._port, options.command)
         self._report()
         # Only these three: the unit generator has expanded the others, and what looks like them now is the user's.
         command = expand(options.command, self._macros, only=("{port}", "{gpus}", "{vram_fraction}"))

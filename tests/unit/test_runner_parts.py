@@ -14,7 +14,7 @@ from mmd.engines.base import HttpCall
 from mmd.errors import MmdError
 from mmd.names import Placement
 from mmd.runner.check import HttpCheck, Outcome
-from mmd.runner.launch import choose_port, engine_environment, expand
+from mmd.runner.launch import choose_port, engine_environment, expand, visible_devices
 from mmd.runner.options import parse
 from mmd.runner.output import EngineLog
 from mmd.runner.process import describe_exit
@@ -137,12 +137,12 @@ def test_expand_touches_nothing_but_macros() -> None:
 
 def test_environment_of_the_engine() -> None:
     given = {"PATH": "/bin", "NOTIFY_SOCKET": "/x", "WATCHDOG_USEC": "1", "LISTEN_FDS": "1", "CUDA_VISIBLE_DEVICES": "7"}
-    assert engine_environment(given, Placement((0, 2))) == {
+    assert engine_environment(given, visible_devices(Placement((0, 2)))) == {
         "PATH": "/bin",
         "CUDA_DEVICE_ORDER": "PCI_BUS_ID",
         "CUDA_VISIBLE_DEVICES": "0,2",
     }
-    assert engine_environment({}, Placement())["CUDA_VISIBLE_DEVICES"] == ""
+    assert engine_environment({}, visible_devices(Placement()))["CUDA_VISIBLE_DEVICES"] == ""
 
 
 def test_choose_port() -> None:
