@@ -4,9 +4,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from mmd.config import Config, EngineKind, Listen, Model
+from mmd.amounts import RESOURCE
+from mmd.config import Config, EngineKind, Gauge, Listen, Model
+from mmd.model_settings import MODEL
 from mmd.names import slug
-from mmd.settings import MODEL, TOP, Section, Setting
+from mmd.setting import Section, Setting
+from mmd.settings import TOP
 
 __all__ = ["make_model", "make_section", "merge", "render"]
 
@@ -28,8 +31,10 @@ def make_section(section: Section, values: Values) -> Any:
     if section.others is None:
         return section.make(**_fields(section, values))
     known = {key: value for key, value in values.items() if key in section.entries}
-    amounts = {key: value for key, value in values.items() if key not in section.entries}
-    return section.make(**_fields(section, known), amounts=amounts)
+    named = {key: value for key, value in values.items() if key not in section.entries}
+    commands = {key: value for key, value in named.items() if isinstance(value, Gauge)}
+    amounts = {key: value for key, value in named.items() if key not in commands}
+    return section.make(**_fields(section, known), amounts=amounts, commands=commands)
 
 
 def make_model(name: str, values: Values, *, source: Path, line: int) -> Model:
@@ -49,8 +54,8 @@ def render(config: Config) -> str:
     from mmd.yamlfile import dump
 
     top = {section.key: _plain(section, getattr(config, section.key)) for section in _sections(TOP)}
-    for name, amount in config.resources.amounts.items():
-        top["resources"][name] = amount
+    for name, value in {**config.resources.amounts, **config.resources.commands}.items():
+        top["resources"][name] = RESOURCE.write(value)
     return dump({**top, "models": {model.name: _model(model) for model in config.models.values()}})
 
 

@@ -4,7 +4,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from mmd.kinds import BadValueError
-from mmd.settings import Later, Section, Setting
+from mmd.setting import Later, Section, Setting
 
 __all__ = ["Complaint", "nearest", "read_section"]
 

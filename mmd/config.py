@@ -16,6 +16,7 @@ __all__ = [
     "EngineKind",
     "Evict",
     "Gateway",
+    "Gauge",
     "Gpus",
     "Health",
     "Idle",
@@ -24,6 +25,7 @@ __all__ = [
     "Model",
     "Policy",
     "Provider",
+    "Replicas",
     "Resources",
     "Sim",
 ]
@@ -90,11 +92,27 @@ class Gpus(NamedTuple):
     devices: tuple[Device, ...] = ()
 
 
+class Gauge(NamedTuple):
+    """A command that prints how much of a resource is free, run every `interval_s`."""
+
+    command: tuple[str, ...]
+    interval_s: float = 1.0
+
+
 class Resources(NamedTuple):
-    """Budgets besides the GPUs. `ram_bytes` None means: what the host has."""
+    """Budgets besides the GPUs, each name either among `amounts` or among `commands`.
+
+    Amounts of resources, here and in models, are int where they were written as a size, in bytes, and float where as a number.
+    """
 
     ram_bytes: int | None = None
+    """None: what the host has, less what others use of it."""
     amounts: Mapping[str, float] = MappingProxyType({})
+    commands: Mapping[str, Gauge] = MappingProxyType({})
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return (*self.amounts, *self.commands)
 
 
 class Policy(NamedTuple):
@@ -122,6 +140,16 @@ class Health(NamedTuple):
     """How long a start may go on without any progress."""
     command: tuple[str, ...] = ()
     """A `command` engine's own check, instead of the path; exit status 0 means healthy."""
+
+
+class Replicas(NamedTuple):
+    """How many instances a model may have, each on GPUs of its own."""
+
+    min: int = 0
+    """So many stand by without being asked for, as memory permits."""
+    max: int = 1
+    target_in_flight: int | None = None
+    """Requests per instance above which another is worth having; None: the model's concurrency, else 16."""
 
 
 class Limits(NamedTuple):
@@ -163,6 +191,7 @@ class Model(NamedTuple):
     sleep_level: int = 1
     """The deepest sleep that eviction and idling may use; 0 means off."""
     idle: Idle = Idle()
+    replicas: Replicas = Replicas()
     wake_on_request: bool = True
     pin: bool = False
     preload: bool = False

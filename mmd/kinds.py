@@ -23,7 +23,6 @@ from mmd.quantity import (
 
 __all__ = [
     "ADDRESS",
-    "AMOUNT",
     "BOOLEAN",
     "COUNT",
     "DEVICE",
@@ -38,7 +37,6 @@ __all__ = [
     "PERIOD_OR_OFF",
     "POSITIVE_SIZE",
     "RAM",
-    "RESOURCE_AMOUNT",
     "RESOURCE_NAME",
     "SIZE",
     "SLEEP_LEVEL",
@@ -50,6 +48,7 @@ __all__ = [
     "WORD",
     "BadValueError",
     "Kind",
+    "bad_value",
     "choice",
     "exactly",
     "integer",
@@ -97,7 +96,8 @@ def _is_whole(value: object) -> bool:
     return (isinstance(value, int) and not isinstance(value, bool)) or (isinstance(value, float) and value.is_integer())
 
 
-def _bad(value: object, noun: str, hint: str = "") -> BadValueError:
+def bad_value(value: object, noun: str, hint: str = "") -> BadValueError:
+    """The error for a value that is not `noun`."""
     if value is None:
         return BadValueError(f"has no value; it must be {noun}", hint)
     shown = str(value).lower() if isinstance(value, bool) else repr(value)
@@ -111,7 +111,7 @@ def _matching(
 
     def read(value: Any) -> Any:
         if not isinstance(value, str) or re.fullmatch(pattern, value) is None:
-            raise _bad(value, noun, hint)
+            raise bad_value(value, noun, hint)
         return make(value)
 
     return Kind(noun, {"type": "string", "pattern": exactly(pattern)}, read, write)
@@ -136,7 +136,7 @@ def _quantity(noun: str, quantity: _Quantity, *, positive: bool = False) -> Kind
         if not positive and _is_number(value) and value == 0:
             return 0
         if not isinstance(value, str) or re.fullmatch(whole, value) is None:
-            raise _bad(value, noun, quantity.hint)
+            raise bad_value(value, noun, quantity.hint)
         return quantity.parse(value)
 
     return Kind(noun, text if positive else {"anyOf": [text, {"const": 0}]}, read, quantity.write)
@@ -152,7 +152,7 @@ def _or_word(kind: Kind, words: tuple[str, ...]) -> Kind:
         try:
             return kind.read(value)
         except BadValueError as error:
-            raise _bad(value, noun, error.hint) from None
+            raise bad_value(value, noun, error.hint) from None
 
     def write(value: Any) -> Any:
         return words[0] if value is None else kind.write(value)
@@ -162,7 +162,7 @@ def _or_word(kind: Kind, words: tuple[str, ...]) -> Kind:
 
 def _read_boolean(value: Any) -> bool:
     if not isinstance(value, bool):
-        raise _bad(value, BOOLEAN.noun, "no quotes, and neither yes nor no")
+        raise bad_value(value, BOOLEAN.noun, "no quotes, and neither yes nor no")
     return value
 
 
@@ -170,7 +170,7 @@ def _read_word(value: Any) -> str:
     if _is_whole(value):
         return str(value)
     if not isinstance(value, str):  # 1.10 would become 1.1, and true could mean True
-        raise _bad(value, WORD.noun, "quote it" if isinstance(value, bool | float) else "")
+        raise bad_value(value, WORD.noun, "quote it" if isinstance(value, bool | float) else "")
     if "\0" in value:
         raise BadValueError("holds a NUL character, which no command line or environment can")
     return value
@@ -178,7 +178,7 @@ def _read_word(value: Any) -> str:
 
 def _read_text(value: Any) -> str:
     if not isinstance(value, str):
-        raise _bad(value, TEXT.noun, "quote it")
+        raise bad_value(value, TEXT.noun, "quote it")
     return _read_word(value)
 
 
@@ -188,7 +188,7 @@ def integer(minimum: int, maximum: int) -> Kind:
 
     def read(value: Any) -> int:
         if not _is_whole(value) or not minimum <= value <= maximum:
-            raise _bad(value, noun)
+            raise bad_value(value, noun)
         return int(value)
 
     return Kind(noun, {"type": "integer", "minimum": minimum, "maximum": maximum}, read)
@@ -200,7 +200,7 @@ def number(minimum: float) -> Kind:
 
     def read(value: Any) -> float:
         if not _is_number(value) or value < minimum:
-            raise _bad(value, noun)
+            raise bad_value(value, noun)
         return float(value)
 
     return Kind(noun, {"type": "number", "minimum": minimum}, read)
@@ -216,7 +216,7 @@ def choice(words: Iterable[str], *, make: Callable[[str], Any] = str, later: tup
             return make(value)
         if isinstance(value, str) and value in later:
             raise BadValueError(f"not yet supported: {value}", f"use {noun}")
-        raise _bad(value, noun)
+        raise bad_value(value, noun)
 
     return Kind(noun, {"enum": known}, read, str)
 
@@ -227,7 +227,7 @@ def listing(item: Kind, *, at_least: int = 0) -> Kind:
 
     def read(value: Any) -> tuple[Any, ...]:
         if not isinstance(value, list):
-            raise _bad(value, noun, "write [a, b]")
+            raise bad_value(value, noun, "write [a, b]")
         if len(value) < at_least:
             raise BadValueError(f"needs at least {at_least} item")
         items = []
@@ -253,7 +253,7 @@ def mapping(names: Kind, item: Kind) -> Kind:
         if value is None:
             return {}
         if not isinstance(value, dict):
-            raise _bad(value, noun, "write {name: value}")
+            raise bad_value(value, noun, "write {name: value}")
         items = {}
         for name, part in value.items():
             try:
@@ -272,11 +272,11 @@ def mapping(names: Kind, item: Kind) -> Kind:
 def _read_gpus(value: Any) -> int | tuple[int | str, ...]:
     if isinstance(value, list):
         return tuple(listing(_GPU, at_least=1).read(value))
-    return int(_GPU_NUMBER.read(value))
+    return int(_GPU_COUNT.read(value))
 
 
 def _read_gpu(value: Any) -> int | str:
-    return _GPU_UUID.read(value) if isinstance(value, str) else _GPU_NUMBER.read(value)  # type: ignore[no-any-return]
+    return _GPU_UUID.read(value) if isinstance(value, str) else _GPU_INDEX.read(value)  # type: ignore[no-any-return]
 
 
 def _read_device(value: Any) -> Device:
@@ -293,12 +293,6 @@ def _read_device(value: Any) -> Device:
         raise BadValueError(error.message, error.hint, ("memory",)) from None
 
 
-def _read_resource(value: Any) -> float:
-    if isinstance(value, dict) and "command" in value:
-        raise BadValueError("not yet supported: command", "write a number", ("command",))
-    return float(AMOUNT.read(value))
-
-
 def _write_device(device: Device) -> Any:
     return device.selector if device.memory_bytes is None else {"memory": format_size(device.memory_bytes)}
 
@@ -307,7 +301,7 @@ def _read_level(value: Any) -> int:
     if value == "off":
         return 0
     if not _is_number(value) or value not in (1, 2):
-        raise _bad(value, SLEEP_LEVEL.noun)
+        raise bad_value(value, SLEEP_LEVEL.noun)
     return int(value)
 
 
@@ -350,8 +344,6 @@ DURATION = _quantity("a duration such as 30s", _DURATION)
 PERIOD = _quantity("a duration above 0, such as 30s", _DURATION, positive=True)
 PERIOD_OR_OFF = _or_word(PERIOD, ("off", "never"))
 COUNT = _quantity("a number of parameters such as 7.6B", _COUNT, positive=True)
-AMOUNT = number(0)
-RESOURCE_AMOUNT = Kind(AMOUNT.noun, AMOUNT.schema, _read_resource)
 PATH = _matching("an absolute path", _ABSOLUTE, make=Path)
 HTTP_PATH = _matching("a path that begins with /", r"/[!-~]*")
 URL = _matching("a URL", r"https?://[!-~]+", "write http://host:port")
@@ -359,12 +351,13 @@ TCP_ADDRESS = _matching("a TCP address", _TCP, "write 127.0.0.1:8001 or [::1]:80
 ADDRESS = _matching("an address", rf"{_TCP}|{_ABSOLUTE}", _ADDRESS_HINT)
 ENGINE_LISTEN = _matching("tcp, tcp:PORT or unix", rf"tcp|tcp:{_PORT}|unix", make=_engine_listen, write=_write_listen)
 SLEEP_LEVEL = Kind("1, 2 or off", {"enum": [1, 2, "off"]}, _read_level, lambda level: level or "off")
-_GPU_NUMBER = integer(0, 64)
+_GPU_COUNT = integer(0, 64)
+_GPU_INDEX = integer(0, 6499)  # 64 GPUs, and their slices as mmd.names counts them
 _GPU_UUID = _matching("a GPU's index or UUID", r"(?:GPU|MIG)-[0-9A-Za-z/-]{1,80}", "see nvidia-smi -L")
-_GPU = Kind("a GPU's index or UUID", {"anyOf": [_GPU_NUMBER.schema, _GPU_UUID.schema]}, _read_gpu)
+_GPU = Kind("a GPU's index or UUID", {"anyOf": [_GPU_INDEX.schema, _GPU_UUID.schema]}, _read_gpu)
 GPUS = Kind(
     "a number of GPUs, or a list of indexes or UUIDs",
-    {"anyOf": [_GPU_NUMBER.schema, {"type": "array", "items": _GPU.schema, "minItems": 1}]},
+    {"anyOf": [_GPU_COUNT.schema, {"type": "array", "items": _GPU.schema, "minItems": 1}]},
     _read_gpus,
     _write_gpus,
 )

@@ -14,10 +14,12 @@ from mmd.check import Complaint, nearest, read_section
 from mmd.config import Config, EngineKind, Gateway, Gpus, Model, Policy, Resources
 from mmd.errors import MmdError
 from mmd.kinds import NAME, BadValueError
+from mmd.model_settings import DEFAULTS, MODEL, PROFILE
 from mmd.problem import Problem
-from mmd.rules import NamesTaken, applicable, check_gateway, check_gpus, check_model, misplaced
+from mmd.rules import NamesTaken, applicable, check_gateway, check_gpus, check_model, check_resources, misplaced
 from mmd.scope import Scope
-from mmd.settings import DEFAULTS, MODEL, PROFILE, TOP, Section
+from mmd.setting import Section
+from mmd.settings import TOP
 from mmd.yamlfile import Document, parse
 
 __all__ = ["Loaded", "load", "load_files", "load_text"]
@@ -158,6 +160,8 @@ class _Loader:
                 value = check_gateway(value, below)
             elif isinstance(value, Gpus):
                 value = check_gpus(value, below)
+            elif isinstance(value, Resources):
+                value = check_resources(value, below)
             self._top[key] = value
             self._complain(document, complaints)
             self._complain(document, (((key, *path), message, hint) for path, message, hint in below))

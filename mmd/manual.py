@@ -1,7 +1,9 @@
 """The settings as the body of mmd.yaml(5), in scdoc's syntax (scdoc(5)); `python -m mmd.manual` prints it."""
 
 from mmd.config import EngineKind
-from mmd.settings import MODEL, TOP, Entry, Later, Section, Setting, walk
+from mmd.model_settings import MODEL
+from mmd.setting import Entry, Later, Section, Setting, walk
+from mmd.settings import TOP
 
 __all__ = ["manual"]
 

@@ -20,6 +20,7 @@ __all__ = [
     "parse_count",
     "parse_duration",
     "parse_size",
+    "size_on_gpus",
 ]
 
 _SIZE_UNITS: Mapping[str, int] = {
@@ -69,6 +70,11 @@ def format_size(size_bytes: int) -> str:
 def human_size(size_bytes: float) -> str:
     """A size for people, in GiB with one digit: `14.2 GiB`."""
     return f"{size_bytes / (1 << 30):.1f} GiB"
+
+
+def size_on_gpus(size_bytes: float, gpus: int) -> str:
+    """`14.2 GiB`, or `2 x 14.2 GiB`: that much on each of two GPUs."""
+    return f"{gpus} x {human_size(size_bytes)}" if gpus > 1 else human_size(size_bytes)
 
 
 def human_duration(duration_s: float) -> str:

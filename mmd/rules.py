@@ -5,16 +5,30 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from mmd.check import Complaint, nearest
-from mmd.config import Device, EngineKind, Gateway, Gpus, Listen, Model, Provider, Resources
-from mmd.names import Placement, UnitName
+from mmd.config import Device, EngineKind, Gateway, Gauge, Gpus, Listen, Model, Provider, Resources
+from mmd.model_settings import MODEL
+from mmd.names import Placement, UnitName, slice_index
 from mmd.scope import Scope
-from mmd.settings import MODEL, Later, Section
+from mmd.setting import Later, Section
 
-__all__ = ["ENGINE_SOCKET", "NamesTaken", "applicable", "check_gateway", "check_gpus", "check_model", "misplaced"]
+__all__ = [
+    "ENGINE_SOCKET",
+    "NamesTaken",
+    "applicable",
+    "check_gateway",
+    "check_gpus",
+    "check_model",
+    "check_resources",
+    "misplaced",
+]
 
 ENGINE_SOCKET = "engine.sock"
 
 _SOCKET_PATH_MAX_BYTES = 107  # sun_path is 108 bytes with its NUL, unix(7)
+
+# A program ten times a second is as much as a gauge may cost; what is an hour old says nothing of what is free.
+_INTERVAL_MIN_S = 0.1
+_INTERVAL_MAX_S = 3600.0
 
 
 def applicable(values: Mapping[str, Any], engine: EngineKind, section: Section = MODEL) -> dict[str, Any]:
@@ -52,17 +66,34 @@ def check_model(model: Model, *, scope: Scope, resources: Resources) -> Iterator
         yield ("vram",), "needed by a model that uses a GPU", "write its vram, or its params for an estimate; or gpus: 0"
     if isinstance(model.gpus, tuple) and len(set(model.gpus)) < len(model.gpus):
         yield ("gpus",), "names a GPU twice", ""
+    yield from _check_replicas(model)
     for name in model.resources:
-        if name not in resources.amounts:
-            match = nearest(name, resources.amounts)
+        if name not in resources.names:
+            match = nearest(name, resources.names)
             hint = f"did you mean {match}?" if match else f"declare it: resources: {{{name}: AMOUNT}}"
             yield ("resources", name), "no such resource", hint
     on_socket = model.engine in (EngineKind.VLLM, EngineKind.SIM) or model.listen is Listen.UNIX
     if on_socket and model.engine is not EngineKind.EXTERNAL:
-        socket = f"{scope.unit_dir(UnitName(model.id, Placement(tuple(range(model.gpu_count)))))}/{ENGINE_SOCKET}"
+        socket = f"{scope.unit_dir(UnitName(model.id, _longest_placement(model)))}/{ENGINE_SOCKET}"
         excess = len(os.fsencode(socket)) - _SOCKET_PATH_MAX_BYTES
         if excess > 0:
             yield ("id",), f"its socket's path {socket} is {excess} bytes too long", "give the model a shorter id"
+
+
+def _check_replicas(model: Model) -> Iterator[Complaint]:
+    if model.replicas.min > model.replicas.max:
+        yield ("replicas", "min"), f"is more than replicas.max, {model.replicas.max}", "raise max"
+    if model.replicas.max == 1:
+        return
+    if model.gpu_count == 0 or isinstance(model.gpus, tuple):
+        yield ("replicas", "max"), "needs `gpus` to be a count above 0: each replica has GPUs of its own", "such as gpus: 1"
+    if model.listen_port is not None:
+        yield ("listen",), "replicas cannot share a port", "write tcp: a free port is chosen for each"
+
+
+def _longest_placement(model: Model) -> Placement:
+    """The placement with the longest name that it is likely to get: the index of a slice is longer than a whole GPU's."""
+    return Placement((slice_index(0, 0),) if model.gpu_count == 1 else tuple(range(model.gpu_count)))
 
 
 class NamesTaken:
@@ -130,6 +161,18 @@ def check_gpus(gpus: Gpus, complaints: list[Complaint]) -> Gpus:
     if declared and not gpus.devices:
         complaints.append((("devices",), f"needed by provider {gpus.provider}", "write [{memory: 24GiB}]"))
     return gpus._replace(devices=tuple(kept))
+
+
+def check_resources(resources: Resources, complaints: list[Complaint]) -> Resources:
+    """The resources, with the default interval where one is too short or too long."""
+    kept: dict[str, Gauge] = {}
+    for name, gauge in resources.commands.items():
+        if _INTERVAL_MIN_S <= gauge.interval_s <= _INTERVAL_MAX_S:
+            kept[name] = gauge
+        else:
+            complaints.append(((name, "interval"), "must be from 100ms to 1h", "1s is the default"))
+            kept[name] = Gauge(gauge.command)
+    return resources._replace(commands=kept)
 
 
 def _is_address(address: str) -> bool:

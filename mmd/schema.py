@@ -10,8 +10,10 @@ from typing import TYPE_CHECKING, Any
 
 from mmd.kinds import NAME
 from mmd.load import is_drop_in
+from mmd.model_settings import DEFAULTS, MODEL, PROFILE
 from mmd.problem import Problem
-from mmd.settings import DEFAULTS, MODEL, PROFILE, TOP, Entry, Later, Section
+from mmd.setting import Entry, Later, Section
+from mmd.settings import TOP
 from mmd.yamlfile import Document
 
 if TYPE_CHECKING:

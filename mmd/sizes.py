@@ -2,14 +2,27 @@
 
 weights = parameters x bytes per weight / GPUs
 KV cache = 20 % of the weights, at least 1 GiB
-overhead = 1.5 GiB: CUDA context, captured graphs, activations
+overhead = 1.5 GiB (CUDA context, captured graphs, NCCL buffers) + 6 % of the weights (activations, quantisation scales,
+embeddings kept in higher precision)
+
+Where the memory is declared, the KV cache is what weights and overhead leave of it (engines.vllm).
 """
 
 from collections.abc import Mapping
+from typing import NamedTuple
 
 from mmd.config import EngineKind, Model
 
-__all__ = ["BYTES_PER_WEIGHT", "DEFAULT_PRECISION", "estimate_vram_bytes", "sized", "vram_bytes"]
+__all__ = [
+    "BYTES_PER_WEIGHT",
+    "DEFAULT_PRECISION",
+    "OVERHEAD_BYTES",
+    "Estimate",
+    "estimate",
+    "estimate_of",
+    "sized",
+    "vram_bytes",
+]
 
 BYTES_PER_WEIGHT: Mapping[str, float] = {
     "fp32": 4.0,
@@ -33,17 +46,46 @@ BYTES_PER_WEIGHT: Mapping[str, float] = {
 DEFAULT_PRECISION = "bf16"
 
 _GIB = 1 << 30
+OVERHEAD_BYTES = 3 * _GIB // 2
+_OVERHEAD_SHARE = 0.06
 _KV_CACHE_SHARE = 0.2
 _KV_CACHE_MIN_BYTES = _GIB
-_OVERHEAD_BYTES = 3 * _GIB // 2
-_GRAIN_BYTES = 64 << 20  # finer than this an estimate only looks exact
 
 
-def estimate_vram_bytes(params: float, precision: str | None = None, gpus: int = 1) -> int:
-    """Bytes per GPU for `params` weights in `precision` (default bf16), spread over `gpus` GPUs."""
-    weights = params * BYTES_PER_WEIGHT[precision or DEFAULT_PRECISION] / max(1, gpus)
-    need = weights + max(_KV_CACHE_MIN_BYTES, _KV_CACHE_SHARE * weights) + _OVERHEAD_BYTES
-    return -int(-need // _GRAIN_BYTES) * _GRAIN_BYTES
+class Estimate(NamedTuple):
+    """What a model is made of, per GPU, with what that was reckoned from.
+
+    The parts are whole tenths of a GiB, so that they add up as they are shown; an estimate that is finer only looks exact.
+    """
+
+    params: float
+    precision: str
+    gpus: int
+    weights_bytes: int
+    kv_cache_bytes: int
+    overhead_bytes: int
+
+    @property
+    def total_bytes(self) -> int:
+        return self.weights_bytes + self.kv_cache_bytes + self.overhead_bytes
+
+
+def estimate(params: float, precision: str = DEFAULT_PRECISION, gpus: int = 1) -> Estimate:
+    """What `params` weights in `precision` take on each of `gpus` GPUs."""
+    weights = _rounded(params * BYTES_PER_WEIGHT[precision] / gpus)
+    kv_cache = max(_KV_CACHE_MIN_BYTES, _rounded(_KV_CACHE_SHARE * weights))
+    return Estimate(params, precision, gpus, weights, kv_cache, _rounded(OVERHEAD_BYTES + _OVERHEAD_SHARE * weights))
+
+
+def _rounded(size_bytes: float) -> int:
+    return round(size_bytes * 10 / _GIB) * _GIB // 10
+
+
+def estimate_of(model: Model) -> Estimate | None:
+    """What the model is made of, by its parameters; None when it does not tell them. On the CPU: as on one GPU."""
+    if model.params is None:
+        return None
+    return estimate(model.params, model.precision or DEFAULT_PRECISION, max(1, model.gpu_count))
 
 
 def vram_bytes(model: Model) -> int:
@@ -52,7 +94,8 @@ def vram_bytes(model: Model) -> int:
         return 0
     if model.vram_bytes is not None:
         return model.vram_bytes
-    return 0 if model.params is None else estimate_vram_bytes(model.params, model.precision, model.gpu_count)
+    found = estimate_of(model)
+    return 0 if found is None else found.total_bytes
 
 
 def sized(model: Model) -> Model:

@@ -11,7 +11,20 @@ from typing import Any, TypeVar
 
 _T = TypeVar("_T")
 
-__all__ = ["GatewayStatus", "GpuStatus", "InstanceStatus", "ModelState", "ModelStatus", "Progress", "Status", "model_from_json"]
+__all__ = [
+    "EstimateStatus",
+    "GatewayStatus",
+    "GpuStatus",
+    "InstanceStatus",
+    "ModelState",
+    "ModelStatus",
+    "Progress",
+    "Reckoning",
+    "ResourceStatus",
+    "SleepStatus",
+    "Status",
+    "model_from_json",
+]
 
 
 class ModelState(StrEnum):
@@ -42,6 +55,8 @@ class GatewayStatus:
     reloaded: float | None = None
     problems: tuple[str, ...] = ()
     """What is wrong with the configuration, one message each; the last good one is in use."""
+    gpu_problem: str = ""
+    """Why the GPUs cannot be read at present; what was last known of them is in use."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,6 +71,21 @@ class GpuStatus:
     """What the scheduler has given to models: resident and about to be."""
     used_bytes: int | None = None
     """Measured, everybody's; None when the provider cannot measure."""
+
+
+@dataclass(frozen=True, slots=True)
+class ResourceStatus:
+    """A named resource, `ram` included."""
+
+    name: str
+    budget: float | None
+    """What models may use in all; None when that is not known, or unlimited."""
+    reserved: float
+    """What the scheduler has given to models."""
+    free: float | None
+    in_bytes: bool = False
+    problem: str = ""
+    """Why it cannot be read at present."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,6 +108,55 @@ class InstanceStatus:
 
 
 @dataclass(frozen=True, slots=True)
+class EstimateStatus:
+    """GPU memory that a model is estimated to need, per GPU: `params` x `bytes_per_weight` / `gpus` of weights, and so on."""
+
+    params: float
+    precision: str
+    bytes_per_weight: float
+    gpus: int
+    weights_bytes: int
+    kv_cache_bytes: int
+    overhead_bytes: int
+    total_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class SleepStatus:
+    """What a model costs while it sleeps, and until it is awake again."""
+
+    level: int
+    held_bytes: int
+    """GPU memory, per GPU."""
+    measured: bool
+    """Whether that is what its last sleep left, not the engine's first guess."""
+    host_bytes: int
+    """Host memory beyond what it takes awake, reckoned."""
+    wake_s: float
+    wake_learned: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Reckoning:
+    """What a model is reckoned with, and why. Sizes are per GPU."""
+
+    vram_bytes: int
+    """What the next start reserves."""
+    start_s: float
+    start_learned: bool
+    """Whether that is how long its last start took, not a guess."""
+    declared_bytes: int | None = None
+    estimate: EstimateStatus | None = None
+    """Where nothing is declared."""
+    measured_bytes: int | None = None
+    """The most that its processes were seen to hold awake."""
+    raised_bytes: int | None = None
+    """What it is reckoned with, at least, since it ran out of memory with less."""
+    asleep: tuple[SleepStatus, ...] = ()
+    """By level: those that eviction and idling may use, and those that were measured."""
+
+
+@dataclass(frozen=True, slots=True)
 class ModelStatus:
     name: str
     id: str
@@ -89,8 +168,10 @@ class ModelStatus:
     """A link to a page of the model's own; `{host}` stands for this machine."""
     instances: tuple[InstanceStatus, ...] = ()
     vram_bytes: int = 0
-    """Per GPU, awake."""
+    """Per GPU, awake: declared, else estimated. What has been learned is in `reckoning`."""
     gpus: int = 0
+    reckoning: Reckoning | None = None
+    """None of a server that mmd does not start, and of a unit that is no longer configured."""
     in_flight: int = 0
     waiting: int = 0
     requests: int = 0
@@ -111,6 +192,8 @@ class Status:
     gateway: GatewayStatus
     gpus: tuple[GpuStatus, ...] = ()
     models: tuple[ModelStatus, ...] = ()
+    resources: tuple[ResourceStatus, ...] = ()
+    """Those that are declared; ram where some model needs or holds any."""
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -121,6 +204,7 @@ class Status:
             gateway=_read(GatewayStatus, raw["gateway"]),
             gpus=tuple(_read(GpuStatus, gpu) for gpu in raw["gpus"]),
             models=tuple(model_from_json(model) for model in raw["models"]),
+            resources=tuple(_read(ResourceStatus, resource) for resource in raw.get("resources", ())),
         )
 
 
@@ -129,7 +213,15 @@ def model_from_json(raw: Mapping[str, Any]) -> ModelStatus:
     instances = tuple(
         _read(InstanceStatus, {**instance, "state": ModelState(instance["state"])}) for instance in raw["instances"]
     )
-    return _read(ModelStatus, {**raw, "state": ModelState(raw["state"]), "instances": instances})
+    found = {**raw, "state": ModelState(raw["state"]), "instances": instances, "reckoning": _reckoning(raw.get("reckoning"))}
+    return _read(ModelStatus, found)
+
+
+def _reckoning(raw: Mapping[str, Any] | None) -> Reckoning | None:
+    if raw is None:
+        return None
+    estimate = None if raw["estimate"] is None else _read(EstimateStatus, raw["estimate"])
+    return _read(Reckoning, {**raw, "estimate": estimate, "asleep": tuple(_read(SleepStatus, each) for each in raw["asleep"])})
 
 
 @dataclass(frozen=True, slots=True)
@@ -149,7 +241,7 @@ class Progress:
     vram_bytes: int | None = None
     """Held now, per GPU (last line)."""
     freed_bytes: int | None = None
-    """By a sleep or a stop, per GPU (last line)."""
+    """By a sleep or a stop, measured, per GPU (last line); of several instances the most. None where nothing can measure it."""
     tail: tuple[str, ...] = ()
     """After a failed start: the engine's last log lines."""
 

@@ -34,6 +34,7 @@ _GATEWAY_ONLY = frozenset(
         "profile",
         "resources",
         "idle",
+        "replicas",
         "wake_on_request",
         "pin",
         "preload",

@@ -3,12 +3,13 @@
 import shlex
 from collections.abc import Iterator, Sequence
 
+from mmd.ctl import reckoning
 from mmd.ctl.context import Context
 from mmd.ctl.table import Cell, Column, table
 from mmd.ctl.terminal import Colour, Terminal, printable
 from mmd.ctl.words import duration, gib, moment
-from mmd.quantity import human_size
-from mmd.status import GatewayStatus, GpuStatus, InstanceStatus, ModelState, ModelStatus, Status
+from mmd.quantity import human_size, size_on_gpus
+from mmd.status import GatewayStatus, GpuStatus, InstanceStatus, ModelState, ModelStatus, ResourceStatus, Status
 
 __all__ = ["catalogue", "details", "overview"]
 
@@ -46,15 +47,15 @@ _CATALOGUE_COLUMNS = (
 _NONE = "-"
 _BAR_WIDTH = 20
 _FULL = 0.95
-"""A GPU above this share of its memory is shown in yellow."""
+"""What is used above this share is shown in yellow."""
 _TAIL_LINES = 5
 """Log lines of a failed model in the overview; `show` has them all."""
 
 
 def overview(context: Context, status: Status, now_s: float) -> list[str]:
-    """What `mmdctl status` shows: the gateway, the GPUs, the models, and what is wrong."""
+    """What `mmdctl status` shows: the gateway, the GPUs and other resources, the models, and what is wrong."""
     terminal = context.terminal
-    lines = [*_gateway(status.gateway, now_s), *_gpus(status.gpus, terminal), ""]
+    lines = [*_gateway(status.gateway, now_s), *_budgets(status, terminal), ""]
     rows = [row for model in status.models for row in _rows(model, now_s)]
     lines += table(_STATUS_COLUMNS, rows, terminal) if rows else ["no models: add one to the configuration, mmd.yaml(5)"]
     problems = list(_problems(context, status))
@@ -91,7 +92,8 @@ def details(model: ModelStatus, terminal: Terminal, now_s: float) -> list[str]:
         ("Reason", printable(model.reason)),
         ("Engine", model.engine),
         ("Unit id", model.id),
-        ("VRAM", f"{_vram(model.vram_bytes, model.gpus)} while awake" if model.gpus else "none"),
+        ("VRAM", f"{size_on_gpus(_awake_bytes(model), model.gpus)} while awake" if model.gpus else "none"),
+        *(reckoning.facts(model.reckoning) if model.reckoning else ()),
         ("Pinned", "yes, never evicted" if model.pinned else ""),
         ("Requests", f"{model.requests} served, {model.in_flight} in flight, {model.waiting} waiting"),
         ("Last request", f"{duration(now_s - model.last_activity)} ago" if model.last_activity else ""),
@@ -112,7 +114,7 @@ def _gateway(gateway: GatewayStatus, now_s: float) -> list[str]:
     return lines
 
 
-def _gpus(gpus: Sequence[GpuStatus], terminal: Terminal) -> list[str]:
+def _budgets(status: Status, terminal: Terminal) -> list[str]:
     columns = (
         Column("", elastic=True),
         Column("", elastic=True, drop=3),
@@ -120,25 +122,40 @@ def _gpus(gpus: Sequence[GpuStatus], terminal: Terminal) -> list[str]:
         Column("", right=True),
         Column("", drop=1),
     )
-    rows = [
-        [
-            Cell(f"GPU {gpu.index}"),
-            Cell(printable(gpu.name)),
-            _bar(gpu, terminal),
-            Cell(f"{gib(_used(gpu))} / {gib(gpu.total_bytes)} GiB"),
-            Cell(f"models {gib(gpu.reserved_bytes)} of {gib(gpu.budget_bytes)} GiB", Colour.DIM),
-        ]
-        for gpu in gpus
-    ]
+    rows = [_gpu(gpu, terminal) for gpu in status.gpus] + [_resource(resource, terminal) for resource in status.resources]
     return table(columns, rows, terminal)[1:]
+
+
+def _gpu(gpu: GpuStatus, terminal: Terminal) -> list[Cell]:
+    return [
+        Cell(f"GPU {gpu.index}"),
+        Cell(printable(gpu.name)),
+        _bar(_used(gpu), gpu.total_bytes, terminal),
+        Cell(f"{gib(_used(gpu))} / {gib(gpu.total_bytes)} GiB"),
+        Cell(f"models {gib(gpu.reserved_bytes)} of {gib(gpu.budget_bytes)} GiB", Colour.DIM),
+    ]
+
+
+def _resource(resource: ResourceStatus, terminal: Terminal) -> list[Cell]:
+    """What models have of a named resource, and what is free for more."""
+    words, unit = (gib, " GiB") if resource.in_bytes else ("{:.10g}".format, "")
+    begin = (Cell(resource.name), Cell(""))
+    if resource.budget is None or resource.free is None:
+        return [*begin, Cell(""), Cell(f"{words(resource.reserved)}{unit}"), Cell("not known what is free", Colour.DIM)]
+    return [
+        *begin,
+        _bar(resource.reserved, resource.budget, terminal),
+        Cell(f"{words(resource.reserved)} / {words(resource.budget)}{unit}"),
+        Cell(f"{words(max(0, resource.free))}{unit} free", Colour.DIM),
+    ]
 
 
 def _used(gpu: GpuStatus) -> int:
     return gpu.reserved_bytes if gpu.used_bytes is None else gpu.used_bytes
 
 
-def _bar(gpu: GpuStatus, terminal: Terminal) -> Cell:
-    share = min(_used(gpu) / gpu.total_bytes, 1.0) if gpu.total_bytes else 0.0
+def _bar(used: float, total: float, terminal: Terminal) -> Cell:
+    share = min(used / total, 1.0) if total > 0 else float(used > 0)
     full, empty = ("█", "░") if terminal.unicode else ("#", ".")
     filled = round(share * _BAR_WIDTH)
     return Cell(full * filled + empty * (_BAR_WIDTH - filled), Colour.YELLOW if share > _FULL else Colour.CYAN)
@@ -155,7 +172,7 @@ def _rows(model: ModelStatus, now_s: float) -> Iterator[list[Cell]]:
             Cell(model.name),
             Cell(_state(instance.state, instance.sleep_level), _COLOURS[instance.state]),
             Cell(instance.placement),
-            Cell(_vram(instance.vram_bytes, _gpu_count(instance)) if instance.vram_bytes else _NONE),
+            Cell(size_on_gpus(instance.vram_bytes, _gpu_count(instance)) if instance.vram_bytes else _NONE),
             Cell(str(instance.in_flight)),
             Cell(str(model.waiting) if position == 0 else ""),
             Cell(_idle(model, instance, now_s)),
@@ -172,8 +189,8 @@ def _gpu_count(instance: InstanceStatus) -> int:
     return instance.placement.count("-") + 1
 
 
-def _vram(vram_bytes: int, gpus: int) -> str:
-    return f"{gpus} x {human_size(vram_bytes)}" if gpus > 1 else human_size(vram_bytes)
+def _awake_bytes(model: ModelStatus) -> int:
+    return model.reckoning.vram_bytes if model.reckoning else model.vram_bytes
 
 
 def _idle(model: ModelStatus, instance: InstanceStatus, now_s: float) -> str:
@@ -200,7 +217,7 @@ def _instance(instance: InstanceStatus, terminal: Terminal, now_s: float) -> lis
         ("Since", f"{moment(instance.since, now_s)}, {duration(now_s - instance.since)} ago"),
         ("Status", printable(instance.status)),
         ("Placement", instance.placement if instance.placement == "cpu" else f"GPU {instance.placement}"),
-        ("VRAM", _vram(instance.vram_bytes, _gpu_count(instance)) if instance.vram_bytes else ""),
+        ("VRAM", size_on_gpus(instance.vram_bytes, _gpu_count(instance)) if instance.vram_bytes else ""),
         ("In flight", str(instance.in_flight)),
         ("PID", str(instance.pid) if instance.pid else ""),
         ("Definition", "older than the configuration, replaced when idle" if instance.stale else ""),
@@ -213,6 +230,13 @@ def _problems(context: Context, status: Status) -> Iterator[str]:
     if status.gateway.systemd != "connected":
         yield f"  systemd: {printable(status.gateway.systemd)}"
         yield f"    {shlex.join((*context.systemctl, 'status', 'dbus.service'))}"
+    if status.gateway.gpu_problem:
+        yield f"  GPUs: they cannot be read: {printable(status.gateway.gpu_problem)}"
+        known = "what was last known of them counts" if status.gpus else "models that need one cannot start"
+        yield f"    until they can, {known}"
+    for resource in status.resources:
+        if resource.problem:
+            yield f"  resource {resource.name}: {printable(resource.problem)}"
     for problem in status.gateway.problems:
         yield f"  configuration: {printable(problem)}"
     if status.gateway.problems:

@@ -7,7 +7,7 @@ __all__ = ["duration", "gib", "moment"]
 _SPANS = (("d", 86400), ("h", 3600), ("min", 60), ("s", 1))
 
 
-def gib(size_bytes: int) -> str:
+def gib(size_bytes: float) -> str:
     """The number of GiB alone, one decimal: for columns and pairs that share the unit."""
     return f"{size_bytes / (1 << 30):.1f}"
 

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 
 from mmd.config import Model
 from mmd.engines.base import CommandContext, HttpCall, ProgressPattern
-from mmd.sizes import BYTES_PER_WEIGHT
+from mmd.sizes import OVERHEAD_BYTES, estimate_of
 
 __all__ = ["ENGINE", "Vllm"]
 
@@ -45,13 +45,6 @@ _OUT_OF_MEMORY = (
 _IS_SLEEPING = HttpCall("GET", "/is_sleeping", timeout_s=5.0)
 
 _GIB = 1 << 30
-
-_OVERHEAD_BYTES = int(1.5 * _GIB)
-"""What is neither weights nor KV cache. On a GPU: CUDA context (0.5 GiB), captured graphs, NCCL buffers, activations of a small
-batch. In host memory: vLLM's three processes, 0.5 GiB each."""
-
-_OVERHEAD_PER_WEIGHT_BYTE = 0.06
-"""Activations, quantisation scales and embeddings kept in higher precision grow with the model."""
 
 _KV_CACHE_MIN_BYTES = _GIB // 4
 """Below this the estimate says more about its own error than about the cache: vLLM had better measure."""
@@ -140,18 +133,22 @@ class Vllm:
         residual = _RESIDUAL_BYTES + _RESIDUAL_PER_PEER_BYTES * (model.gpu_count - 1)
         return residual if model.vram_bytes is None else min(residual, model.vram_bytes)
 
+    def host_bytes(self, model: Model, level: int) -> int:
+        """Level 1 keeps a copy of the weights; where they are not known, no more than all of its GPU memory. Some releases were
+        seen to take up to twice that (vllm#16663), which `ram: auto` then finds in use."""
+        if level != 1 or model.gpu_count == 0:
+            return 0
+        made_of = estimate_of(model)
+        return ((model.vram_bytes or 0) if made_of is None else made_of.weights_bytes) * model.gpu_count
+
 
 def _memory_arguments(model: Model) -> tuple[str, ...]:
     """How much GPU memory vLLM may take; nothing on the CPU, without `vram`, or when the user's `args` say it.
 
     `--gpu-memory-utilization` is a fraction of the GPU's total memory, known when the unit runs (`{vram_fraction}`). It bounds
     everything, and vLLM refuses to start unless that much is free. On its own vLLM profiles a forward pass and gives the KV
-    cache what is left under the bound, which goes wrong when another engine's memory changes meanwhile. So, where `params` and
-    `precision` tell the weights, the KV cache gets a fixed size:
-
-        weights = params x bytes per weight / GPUs
-        overhead = 1.5 GiB + 6 % of the weights
-        kv cache = vram - weights - overhead
+    cache what is left under the bound, which goes wrong when another engine's memory changes meanwhile. So, where `params` tell
+    the weights, the KV cache gets a fixed size: what weights and overhead (mmd.sizes) leave of `vram`.
     """
     if model.vram_bytes is None or model.gpu_count == 0:
         return ()
@@ -166,17 +163,10 @@ def _memory_arguments(model: Model) -> tuple[str, ...]:
 
 def _kv_cache_bytes(model: Model) -> int:
     """Per GPU, 0 when it cannot be told."""
-    weights = _weight_bytes(model)
-    if model.vram_bytes is None or weights is None:
+    made_of = estimate_of(model)
+    if model.vram_bytes is None or made_of is None:
         return 0
-    per_gpu = weights / model.gpu_count
-    return max(0, int(model.vram_bytes - per_gpu * (1 + _OVERHEAD_PER_WEIGHT_BYTE) - _OVERHEAD_BYTES))
-
-
-def _weight_bytes(model: Model) -> float | None:
-    """All of them; None when it cannot be told."""
-    per_weight = BYTES_PER_WEIGHT.get((model.precision or "").lower())
-    return None if model.params is None or per_weight is None else model.params * per_weight
+    return max(0, model.vram_bytes - made_of.weights_bytes - made_of.overhead_bytes)
 
 
 def _cpu_memory_environment(model: Model) -> Mapping[str, str]:
@@ -187,10 +177,12 @@ def _cpu_memory_environment(model: Model) -> Mapping[str, str]:
     """
     if model.gpu_count or _given(model.args, *_MEMORY_OPTIONS):
         return {}
-    weights = _weight_bytes(model)
-    left = model.ram_bytes - _OVERHEAD_BYTES
-    kv_cache = left / 2 if weights is None else left - weights * (1 + _OVERHEAD_PER_WEIGHT_BYTE)
-    space = int(kv_cache // _GIB) if model.ram_bytes else _CPU_KV_CACHE_GIB
+    made_of = estimate_of(model)
+    if made_of is None:
+        kv_cache = (model.ram_bytes - OVERHEAD_BYTES) // 2  # overhead here: vLLM's three processes, 0.5 GiB each
+    else:
+        kv_cache = model.ram_bytes - made_of.weights_bytes - made_of.overhead_bytes
+    space = kv_cache // _GIB if model.ram_bytes else _CPU_KV_CACHE_GIB
     return {"VLLM_CPU_KVCACHE_SPACE": str(max(1, space))}
 
 

@@ -2,7 +2,6 @@
 
 import asyncio
 import logging
-import os
 import time
 from collections.abc import Iterable
 from pathlib import Path
@@ -14,6 +13,7 @@ from mmd.errors import MmdError
 from mmd.gateway.admin import AdminApi
 from mmd.gateway.api_error import ApiError
 from mmd.gateway.dispatcher import Dispatcher
+from mmd.gateway.gauges import Gauges, host_ram_bytes
 from mmd.gateway.lesson_book import LessonBook
 from mmd.gateway.lifecycle import Lifecycle
 from mmd.gateway.memory import Memory
@@ -36,6 +36,10 @@ _log = logging.getLogger(__name__)
 # Belt and braces: signals are not lost while the bus is connected, but nothing here depends on that.
 _RESYNC_S = 60.0
 
+# How long nobody is served for want of a first look at the GPUs. Later only models that need one wait for it: a driver may take
+# many seconds to answer, and what runs already needs none of it.
+_FIRST_SAMPLE_S = 2.0
+
 
 class Daemon:
     """One gateway. `runtime_dir` and `state_dir` outlive it, the latter the machine's next boot as well."""
@@ -55,15 +59,17 @@ class Daemon:
         )
         self._book = LessonBook(state_dir / "lessons.sqlite")
         self.dispatcher = Dispatcher(lifecycle, systemd, self._book)
-        self.snapshot = Snapshot(self.dispatcher, self._memory, scope=scope.kind)
+        self._gauges = Gauges(lambda name: self.dispatcher.scheduler.state.stand(name), self.dispatcher.post)
+        self.snapshot = Snapshot(self.dispatcher, self._memory, self._gauges, scope=scope.kind)
 
     async def start(self) -> None:
         """Read the configuration, adopt what runs, then accept requests."""
         self._use(load(self._scope))
         await self.dispatcher.adopt()
-        await self._memory.sample()
-        await self._serve()
         self._background = [asyncio.create_task(work) for work in (self._memory.watch(), self._watch_systemd())]
+        self._gauges.use(self.dispatcher.config)
+        await self._memory.first(_FIRST_SAMPLE_S)
+        await self._serve()
 
     async def _serve(self) -> None:
         inference = OpenAiApi(self.dispatcher)
@@ -85,7 +91,7 @@ class Daemon:
         for problem in loaded.problems:
             _log.error("%s", problem)
         self.snapshot.problems = tuple(map(str, loaded.problems))
-        self.dispatcher.reconfigure(loaded.config, _definitions(loaded.config), _host_ram_bytes())
+        self.dispatcher.reconfigure(loaded.config, _definitions(loaded.config), host_ram_bytes(loaded.config))
 
     async def reload(self) -> dict[str, list[str]]:
         """Read the configuration again; a broken one changes nothing. What changed, by model name, and what is wrong."""
@@ -96,6 +102,7 @@ class Daemon:
             self.snapshot.problems = tuple(f"{problem} (the configuration in use stays)" for problem in loaded.problems)
             return {"changed": [], "added": [], "removed": [], "problems": list(map(str, loaded.problems))}
         self._use(loaded)
+        self._gauges.use(loaded.config)
         if loaded.config.gpus != before.gpus:
             await self._memory.reopen()
         await self.dispatcher.resynchronise()
@@ -149,6 +156,7 @@ class Daemon:
         for task in self._background:
             task.cancel()
         await asyncio.gather(*self._background, return_exceptions=True)
+        await self._gauges.close()
         await self.dispatcher.close()
         await self.dispatcher.lifecycle.close()
         await self._memory.close()
@@ -169,10 +177,6 @@ def _definitions(config: Config) -> dict[str, str]:
     """The fingerprint that every model would be started with now, as the generator computes it."""
     units = (model for model in config.models.values() if model.engine is not EngineKind.EXTERNAL)
     return {model.name: definition(model, gpus=config.gpus) for model in units}
-
-
-def _host_ram_bytes() -> int:
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 def _read_only(route: web.RouteDef, dispatcher: Dispatcher) -> web.RouteDef:

@@ -15,6 +15,7 @@ from mmd.errors import MmdError
 from mmd.gateway.api_error import refused
 from mmd.gateway.lesson_book import LessonBook
 from mmd.gateway.lifecycle import Lifecycle
+from mmd.gateway.outcome import Outcome, held_bytes
 from mmd.names import UnitName
 from mmd.policy.actions import Action, Admit, Refuse, Start, UnitAction, Wake
 from mmd.policy.events import (
@@ -76,7 +77,7 @@ class Dispatcher:
     def __init__(self, lifecycle: Lifecycle, systemd: Systemd, book: LessonBook) -> None:
         self.scheduler = Scheduler()
         self.lifecycle = lifecycle
-        self.outcomes: dict[UnitName, Done] = {}
+        self.outcomes: dict[UnitName, Outcome] = {}
         """The last finished action on each unit."""
         self._systemd = systemd
         self._book = book
@@ -147,10 +148,15 @@ class Dispatcher:
 
     async def _act(self, action: UnitAction) -> None:
         done = await self.lifecycle.perform(action)
-        self.outcomes[action.unit] = done
+        instance = self.scheduler.state.instances.get(action.unit)
+        outcome = Outcome(done, held_bytes(instance) if instance else 0)
+        overtaken = instance is None or instance.pending is not action  # by a stop, whose outcome counts
+        if not overtaken:
+            self.outcomes[action.unit] = outcome
+        _log.log(logging.INFO if done.ok or overtaken else logging.WARNING, "%s: %s", action.unit, outcome)
         self.post(done)
-        if done.ok and isinstance(action, Start | Wake):
-            await self._measure(action.unit)
+        if done.held_bytes is not None and isinstance(action, Start | Wake):
+            self.post(Measured(action.unit, done.held_bytes))
 
     async def _measure(self, unit: UnitName) -> None:
         measured = await self.lifecycle.measure(unit)
@@ -214,7 +220,7 @@ class Dispatcher:
         while self._reading:
             await self.next_change(0.05)
 
-    def reconfigure(self, config: Config, definitions: Mapping[str, str], ram_bytes: int) -> None:
+    def reconfigure(self, config: Config, definitions: Mapping[str, str], ram_bytes: float) -> None:
         self.post(Reconfigured(config, definitions, ram_bytes, self._book.load(definitions)))
         self._written = dict(self.scheduler.state.lessons)
 

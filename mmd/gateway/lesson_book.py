@@ -9,6 +9,7 @@ import logging
 import sqlite3
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from mmd.policy.lesson import Lesson
 
@@ -18,10 +19,11 @@ _log = logging.getLogger(__name__)
 
 _SCHEMA = """
 CREATE TABLE IF NOT EXISTS lesson (
-    definition TEXT PRIMARY KEY, model TEXT NOT NULL, start_s REAL NOT NULL, wake_s REAL NOT NULL, peak_bytes INTEGER NOT NULL,
-    raised_bytes INTEGER NOT NULL, held_1_bytes INTEGER, held_2_bytes INTEGER
+    definition TEXT PRIMARY KEY, model TEXT NOT NULL, start_s REAL, wake_s REAL, reload_s REAL,
+    peak_bytes INTEGER NOT NULL, raised_bytes INTEGER NOT NULL, held_1_bytes INTEGER, held_2_bytes INTEGER
 )
 """
+_VERSION = 2  # of the schema, kept in the file (PRAGMA user_version); a file of another version is begun anew
 
 
 class LessonBook:
@@ -31,6 +33,9 @@ class LessonBook:
             self._database = sqlite3.connect(file, isolation_level=None)
             self._database.execute("PRAGMA journal_mode = WAL")
             self._database.execute("PRAGMA synchronous = OFF")
+            if self._database.execute("PRAGMA user_version").fetchone() != (_VERSION,):
+                self._database.execute("DROP TABLE IF EXISTS lesson")
+                self._database.execute(f"PRAGMA user_version = {_VERSION}")
             self._database.execute(_SCHEMA)
         except sqlite3.Error as error:
             self._give_up(error)
@@ -41,22 +46,23 @@ class LessonBook:
         for model, definition in definitions.items():
             self._execute("DELETE FROM lesson WHERE model = ? AND definition <> ?", model, definition)
             for row in self._execute(
-                "SELECT start_s, wake_s, peak_bytes, raised_bytes, held_1_bytes, held_2_bytes FROM lesson WHERE definition = ?",
+                "SELECT start_s, wake_s, reload_s, peak_bytes, raised_bytes, held_1_bytes, held_2_bytes FROM lesson "
+                "WHERE definition = ?",
                 definition,
             ):
-                held = {level: size for level, size in ((1, row[4]), (2, row[5])) if size is not None}
-                found[model] = Lesson(row[0], row[1], row[2], row[3], held)
+                held = {level: size for level, size in ((1, row[5]), (2, row[6])) if size is not None}
+                found[model] = Lesson(row[0], row[1], row[2], row[3], row[4], held)
         return found
 
     def save(self, model: str, definition: str, lesson: Lesson) -> None:
-        values = (lesson.start_s, lesson.wake_s, lesson.peak_bytes, lesson.raised_bytes)
+        values = (lesson.start_s, lesson.wake_s, lesson.reload_s, lesson.peak_bytes, lesson.raised_bytes)
         held = (lesson.held_bytes.get(1), lesson.held_bytes.get(2))
-        self._execute("REPLACE INTO lesson VALUES (?, ?, ?, ?, ?, ?, ?, ?)", definition, model, *values, *held)
+        self._execute("REPLACE INTO lesson VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)", definition, model, *values, *held)
 
     def forget(self, model: str) -> None:
         self._execute("DELETE FROM lesson WHERE model = ?", model)
 
-    def _execute(self, statement: str, *values: object) -> list[tuple[float, float, int, int, int | None, int | None]]:
+    def _execute(self, statement: str, *values: object) -> list[tuple[Any, ...]]:
         if self._database is None:
             return []
         try:

@@ -3,7 +3,7 @@
 import asyncio
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Set
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -52,6 +52,14 @@ class _Known:
     level: int
 
 
+@dataclass(frozen=True, slots=True)
+class _Account:
+    """GPU memory measured around an action, per GPU, where it is most; None where nothing can measure it."""
+
+    held_bytes: int | None = None
+    freed_bytes: int | None = None
+
+
 class Lifecycle:
     """Drives model units. `model_of` tells the configured model of a unit, if there still is one."""
 
@@ -77,30 +85,30 @@ class Lifecycle:
     async def perform(self, action: UnitAction) -> Done:
         """Carry out one action. Failures are part of the answer; nothing but a cancellation is raised."""
         begun = time.monotonic()
-        reason, held, interrupted = "", None, False
+        reason, account, interrupted = "", _Account(), False
         self._memory.changed()
         try:
             match action:
                 case Start(unit):
                     reason = await self._start(unit)
                 case Stop(unit):
-                    reason = await self._stop(unit)
+                    reason, account = await self._stop(unit)
                 case Sleep(unit, level, expected):
-                    held = await self._sleep(unit, level, expected)
+                    account = await self._sleep(unit, level, expected)
                 case Wake(unit, level):
                     await self._wake(unit, level)
         except MmdError as error:
             reason, interrupted = str(error), isinstance(error, SystemdDisconnectedError | SystemdTimeoutError)
-            _log.warning("%s of %s failed: %s", type(action).__name__.lower(), action.unit, error)
         except Exception:
             reason = "an internal error: journalctl -u mmd-gateway"
             _log.exception("%s of %s failed", type(action).__name__.lower(), action.unit)
         seen = await self._observe_again(action.unit, reason)
         wanted = {Start: Phase.READY, Wake: Phase.READY, Sleep: Phase.SLEEPING, Stop: Phase.STOPPED}[type(action)]
         ok = not reason and seen.phase is wanted
-        await self._memory.sample()
+        if action.unit.placement.gpus and await self._memory.sample() and ok and isinstance(action, Start | Wake):
+            account = _Account(self._held(action.unit, await self._processes(action.unit)))
         self._memory.changed()
-        return Done(action, seen, ok, time.monotonic() - begun, held, interrupted)
+        return Done(action, seen, ok, time.monotonic() - begun, account.held_bytes, account.freed_bytes, interrupted)
 
     async def _observe_again(self, unit: UnitName, reason: str) -> Observed:
         """Read the unit after an action; while systemd is out of reach, keep trying: nothing may be decided on a guess."""
@@ -201,10 +209,10 @@ class Lifecycle:
         result = await self._systemd.start(str(unit))
         return "" if result == "done" else f"its start job ended as {result}"
 
-    async def _stop(self, unit: UnitName) -> str:
+    async def _stop(self, unit: UnitName) -> tuple[str, _Account]:
         """Stop a unit and wait for its memory to come back. One that had to be killed ends as failed: that is cleared."""
         endpoint = self.endpoint(unit)
-        before = self._memory.used(unit.placement)
+        before, held = self._memory.used(unit.placement), self._held(unit, await self._processes(unit))
         result = await self._systemd.stop(str(unit))
         state = await self._systemd.read(str(unit))
         if state.active_state is ActiveState.FAILED:
@@ -214,29 +222,35 @@ class Lifecycle:
         if endpoint is not None:
             await self.engines.forget(endpoint)
         await self._memory.settle(unit.placement, before)
-        return "" if result == "done" else f"its stop job ended as {result}"
+        after = self._memory.used(unit.placement)
+        if held is None and before is not None and after is not None:
+            held = max(0, before - after) // len(unit.placement.gpus)
+        return "" if result == "done" else f"its stop job ended as {result}", _Account(freed_bytes=held)
 
-    async def _sleep(self, unit: UnitName, level: int, expected_bytes: int) -> int | None:
+    async def _sleep(self, unit: UnitName, level: int, expected_bytes: int) -> _Account:
         """Put an idle engine to sleep and verify that its memory came back: a 200 alone proves nothing (engines.md, rule 5).
 
-        Returns what it still holds per GPU, None when nothing can measure it. EngineError when the call failed, or when less
-        than half of what should have come free did: the caller stops it instead.
+        Its own processes are what counts. Where nobody can tell them apart, it is what came free on its GPUs, taken from what
+        it is reckoned with. EngineError when the call failed, or when less than half of what should have come free did: the
+        caller stops it instead.
         """
         model, endpoint = self._model_of(unit), self.endpoint(unit)
         if model is None or endpoint is None:
             raise EngineError(f"{unit} has no engine to put to sleep")
-        awake, before = self._memory.awake_bytes(model), await self._memory.measure(unit.placement)
+        before, processes = await self._memory.measure(unit.placement), await self._processes(unit)
+        own = self._held(unit, processes)
+        awake = self._memory.awake_bytes(model) if own is None else own
         self._know(unit, level)  # before the call: if we die during it, the unit may be asleep at this level
         for call in engine(model.engine).sleep(level):
             await self.engines.client(endpoint).call(call)
-        if before is None:
-            return None
-        freed = await self._memory.wait_freed(unit.placement, before, awake - expected_bytes)
+        freed = None if before is None else await self._memory.wait_freed(unit.placement, before, awake - expected_bytes)
         if freed is None:
-            return None
+            return _Account()
+        if own is not None:
+            freed = own - (self._held(unit, processes) or 0)
         if freed < (awake - expected_bytes) / 2:
             raise EngineError(f"{unit} says that it sleeps, but freed {freed >> 20} MiB of {awake >> 20} MiB")
-        return max(0, awake - freed)
+        return _Account(max(0, awake - freed), freed)
 
     async def _wake(self, unit: UnitName, level: int) -> None:
         model, endpoint = self._model_of(unit), self.endpoint(unit)
@@ -248,9 +262,22 @@ class Lifecycle:
 
     async def measure(self, unit: UnitName) -> Measured | None:
         """The GPU memory that the unit's processes hold, on the GPU where they hold most; None where nobody can tell."""
-        pids = set(await self._systemd.processes(str(unit)))
-        held = self._memory.held_by(pids, unit.placement)
-        return Measured(unit, held) if held else None
+        held = self._held(unit, set(await self._systemd.processes(str(unit))))
+        return None if held is None else Measured(unit, held)
+
+    async def _processes(self, unit: UnitName) -> Set[int]:
+        """The unit's processes; none when systemd cannot be asked, since no action depends on them."""
+        if not unit.placement.gpus:
+            return frozenset()
+        try:
+            return set(await self._systemd.processes(str(unit)))
+        except MmdError as error:
+            _log.warning("cannot measure %s: %s", unit, error)
+            return frozenset()
+
+    def _held(self, unit: UnitName, processes: Set[int]) -> int | None:
+        """What these processes of the unit held per GPU in the last sample, where it is most; None where nobody can tell."""
+        return self._memory.held_by(processes, unit.placement) or None
 
     async def close(self) -> None:
         await self.engines.close()

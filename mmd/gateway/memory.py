@@ -3,6 +3,8 @@
 import asyncio
 import logging
 from collections.abc import Awaitable, Callable, Set
+from contextlib import suppress
+from dataclasses import replace
 
 from mmd.config import Model
 from mmd.errors import MmdError
@@ -22,6 +24,8 @@ _POLL_S = 0.05
 _FALL_S = 1.0
 _STEADY_S = 0.5
 _SAMPLE_INTERVAL_S = 2.0
+_RETRY_MAX_S = 30.0
+"""Between two tries while the GPUs cannot be read, at most: each may start a probe and leave lines in the journal."""
 
 
 class Memory:
@@ -29,6 +33,11 @@ class Memory:
 
     `on_sample` is told of every sample. One that was taken while some unit's memory changed is not passed on: it may be older
     than what the scheduler has heard of that unit, and would look like memory that somebody else has taken.
+
+    While the GPUs cannot be read (the driver is gone, hangs, does not fit its library) nothing counts as measured, and nobody
+    waits for a driver call: only `watch` goes on trying, ever less often. The scheduler keeps the last totals and the last
+    foreign use. That may leave memory unused which others have given back; to forget it would start engines that run out of
+    memory.
     """
 
     def __init__(self, open_provider: Callable[[], Awaitable[GpuProvider]], on_sample: Callable[[Sampled], None]) -> None:
@@ -36,6 +45,7 @@ class Memory:
         self._provider: GpuProvider | None = None
         self._on_sample = on_sample
         self._lock = asyncio.Lock()
+        self._told = asyncio.Event()
         self._changes = 0
         self.gpus: tuple[GpuMemory, ...] = ()
         self.problem = ""
@@ -46,30 +56,55 @@ class Memory:
         self._changes += 1
 
     async def sample(self) -> bool:
-        """Take a sample, and whether that worked; a failure leaves the last one in force."""
+        """Take a sample, and whether that worked; it does not while the GPUs could not be read the last time."""
+        return not self.problem and await self._take()
+
+    async def _take(self, *, again: bool = False) -> bool:
+        """One try; `again`: although the last one failed."""
         changes = self._changes
-        try:
-            async with self._lock:
+        async with self._lock:
+            if self.problem and not again:
+                return False  # somebody has found out while we waited
+            try:
                 if self._provider is None:
                     self._provider = await self._open_provider()
                 self.gpus = await self._provider.sample()
-        except MmdError as error:
-            if str(error) != self.problem:
-                _log.warning("the GPUs cannot be read: %s", error)
-            self.problem = str(error)
-            self._on_sample(Sampled((), self.problem))
-            return False
-        self.problem = ""
+            except MmdError as error:
+                self._fail(str(error))
+                return False
+            if self.problem:
+                _log.info("the GPUs can be read again")
+            self.problem = ""
         if changes == self._changes:
-            self._on_sample(Sampled(tuple(GpuSample(g.index, g.total_bytes, g.used_bytes, g.uuid) for g in self.gpus)))
+            self._tell(Sampled(tuple(map(_for_scheduler, self.gpus))))
         return True
+
+    def _fail(self, problem: str) -> None:
+        if not self.problem:
+            known = "what was last known of them counts" if self.gpus else "models that need one cannot start"
+            _log.warning("the GPUs cannot be read, so until they can %s: %s", known, problem)
+        self.problem = problem
+        self.gpus = tuple(replace(gpu, used_bytes=None, by_pid={}) for gpu in self.gpus)
+        self._tell(Sampled((), problem))
+
+    def _tell(self, sampled: Sampled) -> None:
+        self._on_sample(sampled)
+        self._told.set()
+
+    async def first(self, timeout_s: float) -> None:
+        """Wait until `watch` has taken the first sample, or could not, but not longer than `timeout_s`."""
+        with suppress(TimeoutError):
+            async with asyncio.timeout(timeout_s):
+                await self._told.wait()
 
     async def watch(self) -> None:
         """Sample for ever. Where nothing can be measured the first sample has said it all."""
+        wait_s = _SAMPLE_INTERVAL_S
         while True:
-            await asyncio.sleep(_SAMPLE_INTERVAL_S)
             if self._provider is None or self._provider.measures:
-                await self.sample()
+                await self._take(again=True)
+            wait_s = min(2 * wait_s, _RETRY_MAX_S) if self.problem else _SAMPLE_INTERVAL_S
+            await asyncio.sleep(wait_s)
 
     def used(self, placement: Placement) -> int | None:
         """Bytes in use on the placement's GPUs in the last sample, everybody's; None when not measured."""
@@ -126,10 +161,14 @@ class Memory:
     async def reopen(self) -> None:
         """Read the GPUs by the configuration that is in force now."""
         await self.close()
-        await self.sample()
+        await self._take(again=True)
 
     async def close(self) -> None:
         async with self._lock:
             provider, self._provider = self._provider, None
         if provider is not None:
             await provider.close()
+
+
+def _for_scheduler(gpu: GpuMemory) -> GpuSample:
+    return GpuSample(gpu.index, gpu.total_bytes, gpu.used_bytes, gpu.uuid, gpu.parent_uuid)

@@ -4,20 +4,21 @@ Starting goes through the same queue as every request; stopping and sleeping wai
 """
 
 import time
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Mapping, Sequence
 
 from mmd.config import Model
 from mmd.engines import engine
 from mmd.gateway.api_error import ApiError
 from mmd.gateway.dispatcher import Dispatcher
-from mmd.gateway.snapshot import Snapshot, held_bytes, instance_state, model_state
+from mmd.gateway.outcome import Outcome, held_bytes
+from mmd.gateway.snapshot import Snapshot, instance_state, model_state
 from mmd.names import UnitName
-from mmd.policy.actions import Sleep, Stop
-from mmd.policy.events import Done, Phase, Release, Reset
+from mmd.policy.actions import Sleep, Start, Stop, Wake
+from mmd.policy.admission import lacking
+from mmd.policy.events import Phase, Release, Reset
 from mmd.policy.instance import Instance
 from mmd.policy.state import State
-from mmd.quantity import human_duration, human_size
-from mmd.sizes import vram_bytes
+from mmd.quantity import human_duration
 from mmd.status import ModelState, Progress
 
 __all__ = ["Operations"]
@@ -55,7 +56,7 @@ class Operations:
         with self._dispatcher.request(model, operator=True) as ticket:
             said = ""
             try:
-                while await ticket.admitted(_GLANCE_S) is None:
+                while (unit := await ticket.admitted(_GLANCE_S)) is None:
                     words = self._words(model)
                     if words != said:
                         said = words
@@ -63,10 +64,11 @@ class Operations:
             except ApiError as error:
                 yield Progress(model.name, ModelState.FAILED, error.message, done=True, ok=False, tail=error.tail)
                 return
+        outcome = self._dispatcher.outcomes.get(unit)
+        activated = outcome is not None and isinstance(outcome.done.action, Start | Wake)
         verb = "awake" if before is ModelState.SLEEPING else "ready"
-        elapsed = human_duration(time.monotonic() - begun)
-        size = f", {human_size(vram_bytes(model))}" if vram_bytes(model) else ""
-        yield self._end(model, f"{verb} in {elapsed}{size}")
+        elapsed = human_duration(time.monotonic() - begun)  # with what had to leave first
+        yield self._end(model, f"{verb} in {elapsed}{outcome.sizes if outcome and activated else ''}")
 
     def _words(self, model: Model) -> str:
         """What a model that is to come up is waiting for."""
@@ -74,14 +76,22 @@ class Operations:
             if instance.activating:
                 return self._snapshot.status_text(instance.unit) or str(instance_state(instance))
         claim = self._state.claims.get(model.name)
+        asleep = [i for i in self._state.instances_of(model) if i.phase is Phase.SLEEPING]
+        if claim is None and any(time.monotonic() < i.since + model.idle.min_sleep_s for i in asleep):
+            return f"asleep for at least {human_duration(model.idle.min_sleep_s)} (idle.min_sleep)"
+        if claim is None and (short := lacking(self._state, model)):
+            return f"waiting: {short}"
         if claim is None:
             return "waiting for memory: the models that could make room are busy or have only just come"
         victims = [str(unit.id) for unit in claim.victims]
         return f"making room: {', '.join(victims)} must leave" if victims else "waiting for another model on the same GPU"
 
     async def stop(self, model: Model, options: Options) -> AsyncIterator[Progress]:
-        async for progress in self._release(model, 0, bool(options.get("force"))):
+        async for progress in self._release(model, self._running(model), 0, bool(options.get("force"))):
             yield progress
+
+    def _running(self, model: Model) -> list[Instance]:
+        return [i for i in self._state.instances_of(model) if i.phase not in (Phase.STOPPED, Phase.FAILED)]
 
     async def sleep(self, model: Model, options: Options) -> AsyncIterator[Progress]:
         level = options.get("level", model.sleep_level or 1)
@@ -96,14 +106,12 @@ class Operations:
             ok = state in (ModelState.SLEEPING, ModelState.STOPPED)
             yield self._end(model, f"is {state} already" if ok else f"is {state}: nothing to put to sleep", ok=ok)
             return
-        async for progress in self._release(model, level, bool(options.get("force"))):
+        async for progress in self._release(model, awake, level, bool(options.get("force"))):
             yield progress
 
-    async def _release(self, model: Model, level: int, force: bool) -> AsyncIterator[Progress]:
-        """Let every instance of a model go down to `level` (0: stop) and say what became of it."""
-        going = [i for i in self._state.instances_of(model) if i.phase not in (Phase.STOPPED, Phase.FAILED)]
-        before = {instance.unit: held_bytes(instance) for instance in going}
-        begun = time.monotonic()
+    async def _release(self, model: Model, going: Sequence[Instance], level: int, force: bool) -> AsyncIterator[Progress]:
+        """Let instances of a model go down to `level` (0: stop) and say what became of them."""
+        units = [instance.unit for instance in going]
         for instance in going:
             self._dispatcher.outcomes.pop(instance.unit, None)
             self._dispatcher.post(Release(instance.unit, level, force))
@@ -111,19 +119,24 @@ class Operations:
             yield self._end(model, "is stopped already")
             return
         said = ""
-        while left := [unit for unit in before if not self._gone(unit)]:
+        refused: dict[UnitName, Outcome] = {}
+        while left := [unit for unit in units if not self._gone(unit)]:
+            for unit in left:
+                outcome = self._dispatcher.outcomes.get(unit)
+                if outcome is not None and isinstance(outcome.done.action, Sleep):
+                    refused[unit] = outcome  # it is being stopped
             words = self._leaving_words(self._state.instances.get(left[0]))
             if words != said:
                 said = words
                 yield self._progress(model, words)
             await self._dispatcher.next_change(_GLANCE_S)
-        yield self._farewell(model, before, level, time.monotonic() - begun)
+        yield self._farewell(model, units, level, refused)
 
     def _gone(self, unit: UnitName) -> bool:
         """Whether what was asked for has come to its end, good or bad."""
-        match self._dispatcher.outcomes.get(unit):
-            case Done(action=Stop()) | Done(action=Sleep(), ok=True):
-                return True
+        outcome = self._dispatcher.outcomes.get(unit)
+        if outcome is not None and (isinstance(outcome.done.action, Stop) or _slept(outcome)):
+            return True
         instance = self._state.instances.get(unit)
         if instance is None or instance.phase is Phase.FAILED:
             return True
@@ -134,25 +147,36 @@ class Operations:
             return f"waiting for {len(instance.in_flight)} requests to finish"
         return "stopping" if instance is None or instance.release is None or instance.release.level == 0 else "going to sleep"
 
-    def _farewell(self, model: Model, before: dict[UnitName, int], level: int, elapsed_s: float) -> Progress:
-        outcomes = [outcome for unit in before if (outcome := self._dispatcher.outcomes.get(unit)) is not None]
-        held = [outcome.held_bytes for outcome in outcomes if outcome.held_bytes is not None]
-        after = max(held, default=0) if level else 0
-        freed, elapsed = max(before.values()) - after, human_duration(elapsed_s)
-        if level and all(unit in self._state.instances and self._state.instances[unit].level for unit in before):
-            measured = f", freed {human_size(freed)}, {human_size(after)} still held" if held else ""
-            return self._end(model, f"slept in {elapsed}{measured}", freed=freed if held else None)
-        reason = next((outcome.observed.reason for outcome in outcomes if outcome.observed.reason), "")
-        if all(isinstance(outcome.action, Stop) and outcome.ok for outcome in outcomes):
-            words = f"stopped in {elapsed}" + (f", freed {human_size(freed)}" if freed else "")
-            words = f"it could not sleep: {words} instead" if level else words
-            return self._end(model, words, ok=level == 0, freed=freed)
-        return self._end(model, reason or f"is {model_state(self._state, model)} after {elapsed}", ok=False)
+    def _farewell(self, model: Model, units: Sequence[UnitName], level: int, refused: Mapping[UnitName, Outcome]) -> Progress:
+        outcomes = [self._dispatcher.outcomes.get(unit) for unit in units]
+        told = [self._parting(unit, outcome, level, refused.get(unit)) for unit, outcome in zip(units, outcomes, strict=True)]
+        ok = all(self._as_asked(unit, outcome, level) for unit, outcome in zip(units, outcomes, strict=True))
+        if len(units) > 1:
+            told = [f"@{unit.placement}: {each}" for unit, each in zip(units, told, strict=True)]
+        freed = (outcome.done.freed_bytes for outcome in outcomes if outcome is not None)
+        return self._end(model, "; ".join(told), ok=ok, freed=max((each for each in freed if each is not None), default=None))
+
+    def _as_asked(self, unit: UnitName, outcome: Outcome | None, level: int) -> bool:
+        if level:
+            return unit in self._state.instances and self._state.instances[unit].level > 0
+        return unit not in self._state.instances if outcome is None else outcome.done.ok
+
+    def _parting(self, unit: UnitName, outcome: Outcome | None, level: int, refused: Outcome | None) -> str:
+        """What became of one instance; `refused` is the sleep that failed before."""
+        if outcome is None:  # it ended before anything could be done to it
+            instance = self._state.instances.get(unit)
+            return "has stopped" if instance is None else f"is {instance_state(instance)}: {instance.reason}"
+        match outcome.done.action:
+            case Stop() if level and outcome.done.ok:
+                return f"{refused or 'there is no host memory for its sleep'}; {outcome} instead"
+            case Sleep(level=deeper) if deeper != level:
+                return f"{outcome} (at level {deeper}, for want of host memory)"
+        return str(outcome)
 
     async def restart(self, model: Model, options: Options) -> AsyncIterator[Progress]:
-        running = any(i.phase is not Phase.FAILED for i in self._state.instances_of(model))
+        running = self._running(model)
         if running:
-            async for progress in self._release(model, 0, bool(options.get("force"))):
+            async for progress in self._release(model, running, 0, bool(options.get("force"))):
                 if progress.done and not progress.ok:
                     yield progress
                     return
@@ -167,3 +191,7 @@ class Operations:
                 await self._dispatcher.reset_failed(instance.unit)
         self._dispatcher.post(Reset(model.name))
         yield self._end(model, "its failures are forgotten; the next request starts it")
+
+
+def _slept(outcome: Outcome) -> bool:
+    return isinstance(outcome.done.action, Sleep) and outcome.done.ok

@@ -1,22 +1,27 @@
 """The gateway's state as people and programs see it: scheduler, systemd and measurements put together as `mmd.status`."""
 
+import math
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
 from mmd import __version__
 from mmd.config import EngineKind, Model
 from mmd.gateway.dispatcher import Dispatcher
+from mmd.gateway.gauges import Gauges
 from mmd.gateway.memory import Memory
+from mmd.gateway.outcome import held_bytes
+from mmd.gateway.reckoning import reckoning
 from mmd.names import UnitName
 from mmd.policy.actions import Sleep, Start, Stop, Wake
 from mmd.policy.events import Phase
 from mmd.policy.instance import Instance
+from mmd.policy.ledger import RAM, plus
 from mmd.policy.state import State
 from mmd.sizes import vram_bytes
-from mmd.status import GatewayStatus, GpuStatus, InstanceStatus, ModelState, ModelStatus, Status
+from mmd.status import GatewayStatus, GpuStatus, InstanceStatus, ModelState, ModelStatus, ResourceStatus, Status
 
-__all__ = ["Snapshot", "held_bytes", "instance_state", "model_state"]
+__all__ = ["Snapshot", "instance_state", "model_state"]
 
 _STATES: Mapping[Phase, ModelState] = {
     Phase.STARTING: ModelState.STARTING,
@@ -66,9 +71,10 @@ def model_state(state: State, model: Model) -> ModelState:
 class Snapshot:
     """Takes pictures. Times in the scheduler are monotonic; they leave here as Unix seconds."""
 
-    def __init__(self, dispatcher: Dispatcher, memory: Memory, *, scope: str) -> None:
+    def __init__(self, dispatcher: Dispatcher, memory: Memory, gauges: Gauges, *, scope: str) -> None:
         self._dispatcher = dispatcher
         self._memory = memory
+        self._gauges = gauges
         self._scope = scope
         self._pid = os.getpid()
         self._since = time.time()
@@ -81,12 +87,10 @@ class Snapshot:
         names = {model.id for model in state.config.models.values()}
         orphans = [instance for unit, instance in sorted(state.instances.items()) if unit.id not in names]
         models = [self.model(model) for model in state.config.models.values()]
-        return Status(self._gateway(state), self._gpus(state), (*models, *(self._orphan(o) for o in orphans)))
+        models += [self._orphan(orphan) for orphan in orphans]
+        return Status(self._gateway(state), self._gpus(state), tuple(models), tuple(self._resources(state)))
 
     def _gateway(self, state: State) -> GatewayStatus:
-        problems = self.problems
-        if self._memory.problem:
-            problems = (*problems, f"GPU memory cannot be measured: {self._memory.problem}")
         return GatewayStatus(
             version=__version__,
             pid=self._pid,
@@ -97,7 +101,8 @@ class Snapshot:
             waiting=len(state.waiting),
             systemd=self.systemd,
             reloaded=self.reloaded,
-            problems=problems,
+            problems=self.problems,
+            gpu_problem=self._memory.problem,
         )
 
     def _gpus(self, state: State) -> tuple[GpuStatus, ...]:
@@ -114,6 +119,21 @@ class Snapshot:
             )
             for gpu in self._memory.gpus
         )
+
+    def _resources(self, state: State) -> Iterator[ResourceStatus]:
+        models, declared = state.config.models.values(), state.config.resources
+        budgets, held = state.budget(), plus(instance.holds() for instance in state.instances.values())
+        written = (declared.amounts, *(model.resources for model in models))
+        as_size = {name for amounts in written for name, amount in amounts.items() if isinstance(amount, int)}
+        uses_ram = math.isfinite(budgets[RAM]) and (RAM in held or any(model.ram_bytes for model in models))
+        for name in (*((RAM,) if uses_ram else ()), *declared.names):
+            unread = name in declared.commands and name not in state.gauged
+            budget = None if unread or math.isinf(budgets[name]) else budgets[name]
+            reserved = held.get(name, 0)
+            free = None if budget is None else budget - reserved
+            in_bytes = name == RAM or name in as_size | self._gauges.sizes
+            problem = self._gauges.problems.get(name, "")
+            yield ResourceStatus(name, budget, reserved, free, in_bytes, problem)
 
     def model(self, model: Model) -> ModelStatus:
         state = self._dispatcher.scheduler.state
@@ -133,6 +153,7 @@ class Snapshot:
             instances=tuple(self._instance(instance) for instance in sorted(instances, key=lambda i: i.unit)),
             vram_bytes=vram_bytes(model),
             gpus=model.gpu_count,
+            reckoning=reckoning(state, model),
             in_flight=sum(len(i.in_flight) for i in instances),
             waiting=len(state.queues.get(model.name, ())),
             requests=traffic.requests if traffic else 0,
@@ -174,12 +195,6 @@ class Snapshot:
         """What the runner last said of itself."""
         seen = self._dispatcher.lifecycle.units.get(unit)
         return seen.status_text if seen else ""
-
-
-def held_bytes(instance: Instance) -> int:
-    """GPU memory that an instance is reckoned to hold now, per GPU."""
-    holds = instance.holds()
-    return max((int(holds.get(gpu, 0)) for gpu in instance.unit.placement.gpus), default=0)
 
 
 def _unix(monotonic_s: float) -> float:

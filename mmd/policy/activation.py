@@ -5,12 +5,12 @@ from mmd.names import UnitName
 from mmd.policy.actions import Action, Sleep, Start, Stop, UnitAction, Wake
 from mmd.policy.admission import misfit_of, refuse_all
 from mmd.policy.events import Phase
-from mmd.policy.instance import Claim, Failures, Instance
-from mmd.policy.ledger import covers
+from mmd.policy.instance import Claim, Instance
+from mmd.policy.ledger import RAM, covers, more_of
 from mmd.policy.placing import plan
 from mmd.policy.state import State
 
-__all__ = ["act", "advance", "demands", "make_claims", "revise"]
+__all__ = ["act", "advance", "demands", "make_claims", "not_before", "promise", "revise"]
 
 # Below this the times that were learned say more about the machine's mood than about the model.
 _LEAST_COST_S = 0.1
@@ -32,8 +32,8 @@ def _turn(state: State, model: Model, now: float) -> tuple[int, bool, float, flo
     queue, lesson = state.queues[model.name], state.lesson_of(model.name)
     oldest = queue[0].since
     in_time = now - oldest < state.config.policy.max_wait_s
-    asleep = any(instance.phase is Phase.SLEEPING for instance in state.instances_of(model))
-    cost_s = max(lesson.wake_s if asleep else lesson.start_s, _LEAST_COST_S)
+    asleep = [instance.level for instance in state.instances_of(model) if instance.phase is Phase.SLEEPING]
+    cost_s = max(lesson.wakes_in_s(min(asleep)) if asleep else lesson.starts_in_s, _LEAST_COST_S)
     waited_s = sum(now - waiter.since for waiter in queue)
     return (-model.priority, in_time, -(len(queue) + waited_s / cost_s) if in_time else 0.0, oldest)
 
@@ -51,10 +51,12 @@ def revise(state: State) -> None:
     more than expected), so more must leave.
     """
     for name, claim in list(state.claims.items()):
-        wanted = name in state.queues or name in state.preload
+        wanted = name in state.preload or name in (state.crowded if claim.beside else state.queues)
         free = state.free_later()  # less this claim's own need
-        broken = any(free.get(key, 0) < 0 for key in claim.need)
-        if not wanted or broken or _under_way(state, state.config.models[name]):
+        asleep = {RAM} if any(claim.victims.values()) else set()  # they take host memory
+        broken = any(free.get(key, 0) < 0 for key in claim.need.keys() | asleep)
+        overtaken = not claim.beside and _under_way(state, state.config.models[name])
+        if not wanted or broken or overtaken:
             del state.claims[name]
     victims = {unit for claim in state.claims.values() for unit in claim.victims}
     for instance in state.instances.values():
@@ -78,27 +80,14 @@ def make_claims(state: State, now: float) -> list[Action]:
     for model in demands(state, now):
         if (misfit := misfit_of(state, model)) is not None:
             actions += refuse_all(state, model.name, misfit.why, misfit.words, retry_after_s=misfit.retry_after_s)
-        elif now >= _not_before(state, model):
+        elif now >= not_before(state, model):
             impatient = now - state.queues[model.name][0].since >= state.config.policy.max_wait_s
-            _promise(state, plan(state, model, now, impatient=impatient))
-    for name in sorted(state.preload - state.claims.keys()):
-        _preload(state, state.config.models[name], now)
+            promise(state, plan(state, model, now, impatient=impatient))
     return actions
 
 
-def _preload(state: State, model: Model, now: float) -> None:
-    """Claim a place for a model that nobody waits for: only free memory will do."""
-    misfit = misfit_of(state, model)
-    if misfit is not None and misfit.retry_after_s is None:
-        state.preload.discard(model.name)
-        state.failures[model.name] = Failures(0, now, now, misfit.words, ())
-    elif _under_way(state, model):
-        state.preload.discard(model.name)
-    elif misfit is None and now >= _not_before(state, model):
-        _promise(state, plan(state, model, now, impatient=False, evict=False))
-
-
-def _promise(state: State, claim: Claim | None) -> None:
+def promise(state: State, claim: Claim | None) -> None:
+    """Put a claim in force, if one was found: its victims take no more requests."""
     if claim is None:
         return
     state.claims[claim.model] = claim
@@ -106,7 +95,7 @@ def _promise(state: State, claim: Claim | None) -> None:
         state.instances[unit].gate_open = False
 
 
-def _not_before(state: State, model: Model) -> float:
+def not_before(state: State, model: Model) -> float:
     """When a model may start or wake again: after a failure, after idle.min_sleep."""
     failures = state.failures.get(model.name)
     asleep = (i.since + model.idle.min_sleep_s for i in state.instances_of(model) if i.phase is Phase.SLEEPING)
@@ -121,7 +110,6 @@ def advance(state: State, now: float) -> list[Action]:
             actions += _send_away(state, unit, level, now)
         if _left(state, claim) and not state.locked(claim.unit.placement) and covers(state.free_now(), claim.need):
             del state.claims[name]
-            state.preload.discard(name)
             actions.append(_activate(state, claim, now))
     return actions
 
@@ -136,13 +124,15 @@ def _send_away(state: State, unit: UnitName, level: int, now: float) -> list[Act
 
 
 def act(state: State, instance: Instance, level: int, now: float) -> list[Action]:
-    """Put an instance to sleep at `level`, or stop it (0), as soon as the lock on its GPUs is free."""
+    """Put an instance to sleep at `level`, or stop it (0), as soon as the lock on its GPUs and the host memory are free."""
     loading = instance.phase is Phase.STARTING
     if now < instance.retry_at or (state.locked(instance.unit.placement) and not loading):
         return []
     action: UnitAction
     if level and instance.phase is Phase.READY and instance.model is not None:
         after = instance.holds_after(level, held_bytes=state.held_asleep(instance, level))
+        if not covers(state.free_now(), more_of(after, instance.holds())):
+            return []
         held = max((after[gpu] for gpu in instance.unit.placement.gpus), default=0)
         action = Sleep(instance.unit, level, int(held), state.next_serial())
     else:

@@ -1,9 +1,11 @@
 """Requests: who is let through, who waits, who is turned away, and with which words."""
 
 from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from mmd.config import Model
+from mmd.names import CPU, is_slice
 from mmd.policy.actions import Action, Admit, Refusal, Refuse
 from mmd.policy.events import Arrived, Phase
 from mmd.policy.instance import Instance, Waiter
@@ -11,7 +13,7 @@ from mmd.policy.ledger import RAM, Amounts, Key, awake_amounts, minus, shortfall
 from mmd.policy.state import State
 from mmd.quantity import human_duration, human_size
 
-__all__ = ["Misfit", "admit", "arrive", "drop", "expire", "misfit_of", "refuse_all", "requeue"]
+__all__ = ["Misfit", "admit", "arrive", "drop", "expire", "lacking", "misfit_of", "refuse_all", "requeue"]
 
 # Retry-After when the queue is full or the wait was too long: about one swap.
 _RETRY_S = 10.0
@@ -79,11 +81,13 @@ class Misfit:
 def misfit_of(state: State, model: Model) -> Misfit | None:
     """None when the model fits somewhere on empty GPUs, else the arithmetic that says why not."""
     placements = state.placements(model)
+    if not placements and state.gpus_awaited:
+        return None
     if not placements and state.gpu_problem:
         words = f"{model.name} needs {_gpu_words(model)}, and the GPUs cannot be read: {state.gpu_problem}"
         return Misfit(Refusal.GPUS_UNREADABLE, words, _RETRY_S)
     if not placements:
-        words = f"{model.name} needs {_gpu_words(model)}, and this machine has {len(state.gpus) or 'none'}"
+        words = f"{model.name} needs {_gpu_words(model)}, and this machine has {_machine_words(state, model)}"
         return Misfit(Refusal.NEVER_FITS, words)
     needs = [awake_amounts(model, placement, state.vram_of(model)) for placement in placements]
     empty, pinned = state.empty(), state.pinned(model)
@@ -98,7 +102,7 @@ def _arithmetic(state: State, key: Key, need: Amounts, empty: Amounts, pinned: A
     """Why `need` is more than there is of one resource, in numbers that can be checked."""
     held = pinned.get(key, 0)
     if not isinstance(key, int):
-        size = human_size if key == RAM else str
+        size = _size_words(key, need)
         beside = f", {size(held)} of it held by pinned models" if held else ""
         return f"it needs {size(need[key])} of {key}, and there is {size(empty.get(key, 0))}{beside}"
     total, reserve = state.gpus[key].total_bytes, state.config.gpus.reserve_bytes
@@ -109,10 +113,37 @@ def _arithmetic(state: State, key: Key, need: Amounts, empty: Amounts, pinned: A
     )
 
 
+def _size_words(resource: str, need: Amounts) -> Callable[[float], str]:
+    """How amounts of a named resource are written: as sizes where it is needed by size."""
+    return human_size if resource == RAM or isinstance(need[resource], int) else "{:.10g}".format
+
+
+def lacking(state: State, model: Model) -> str:
+    """What of the named resources there is too little of for `model` to start, in words; "" when it does not wait for that."""
+    if state.instances_of(model) or model.name in state.claims:
+        return ""
+    need, free = awake_amounts(model, CPU, 0), state.free_later()
+    words = []
+    for name in map(str, shortfall(need, free)):
+        size = _size_words(name, need)
+        words.append(f"it needs {size(need[name])} of {name}, of which {size(max(0, free.get(name, 0)))} is free")
+    return "; ".join(words)
+
+
 def _gpu_words(model: Model) -> str:
     if isinstance(model.gpus, int):
         return f"{model.gpus} GPU{'s' if model.gpus > 1 else ''}"
     return f"GPU {', '.join(map(str, model.gpus))}"
+
+
+def _machine_words(state: State, model: Model) -> str:
+    slices = sum(map(is_slice, state.gpus))
+    whole = len(state.gpus) - slices
+    if not slices:
+        return str(whole or "none")
+    limit = ", of which a process can use no more than one" if model.gpu_count > 1 else ""
+    divided = f"{slices} slice{'s' if slices > 1 else ''} of divided GPUs (MIG){limit}"
+    return f"{whole} and {divided}" if whole else divided
 
 
 def admit(state: State, now: float) -> list[Action]:
@@ -148,6 +179,8 @@ def expire(state: State, now: float) -> list[Action]:
     for waiter in late:
         drop(state, waiter.request)
         message = f"{waiter.model} did not become ready within {human_duration(limit)} (gateway.wait_limit)"
+        if short := lacking(state, state.config.models[waiter.model]):
+            message += f": {short}"
         actions.append(Refuse(waiter.request, Refusal.WAITED_TOO_LONG, message, _RETRY_S))
     return actions
 

@@ -15,6 +15,7 @@ __all__ = [
     "Done",
     "Event",
     "Finished",
+    "Gauged",
     "GpuSample",
     "Measured",
     "Observed",
@@ -68,7 +69,9 @@ class Done:
     ok: bool
     elapsed_s: float = 0.0
     held_bytes: int | None = None
-    """GPU memory still held per GPU, measured after a sleep; None when nothing can measure it."""
+    """GPU memory that it holds per GPU, measured after a start, wake or sleep; None when nothing can measure it."""
+    freed_bytes: int | None = None
+    """GPU memory that a sleep or stop freed per GPU, measured."""
     interrupted: bool = False
     """systemd was out of reach: nothing is known to be wrong with the model, and the action may be tried again."""
 
@@ -128,6 +131,8 @@ class GpuSample:
     total_bytes: int
     used_bytes: int | None = None
     uuid: str = ""
+    parent_uuid: str = ""
+    """Of a slice (MIG): the divided GPU's."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -148,13 +153,22 @@ class Sampled:
 
 
 @dataclass(frozen=True, slots=True)
+class Gauged:
+    """How much of a resource is free at present, as its gauge says."""
+
+    resource: str
+    free: float
+    """math.inf: nobody can tell, so it limits nothing."""
+
+
+@dataclass(frozen=True, slots=True)
 class Reconfigured:
     """A configuration is in force; `definitions` holds the fingerprint that each model would be started with now."""
 
     config: Config
     definitions: Mapping[str, str]
-    ram_bytes: int = 0
-    """Budget of host memory, used when the configuration does not set one."""
+    ram_bytes: float = 0
+    """What models may have of the host's memory at most, used when the configuration does not set it."""
     lessons: Mapping[str, Lesson] = field(default_factory=dict)
     """What was learned of these definitions before, by model name."""
 
@@ -165,5 +179,17 @@ class Tick:
 
 
 Event = (
-    Arrived | Cancelled | Done | Finished | Measured | Observed | Reconfigured | Release | Reset | Sampled | Tick | Unreachable
+    Arrived
+    | Cancelled
+    | Done
+    | Finished
+    | Gauged
+    | Measured
+    | Observed
+    | Reconfigured
+    | Release
+    | Reset
+    | Sampled
+    | Tick
+    | Unreachable
 )

@@ -1,19 +1,14 @@
 """One unit of a model as the scheduler knows it, and the requests that wait for a model."""
 
-import math
 from dataclasses import dataclass, field
 
 from mmd.config import Model
 from mmd.names import UnitName
 from mmd.policy.actions import Sleep, Start, Stop, UnitAction, Wake
 from mmd.policy.events import Observed, Phase, Release
-from mmd.policy.ledger import Key, asleep_amounts, awake_amounts
+from mmd.policy.ledger import Key, asleep_amounts, awake_amounts, largest
 
 __all__ = ["Claim", "Failures", "Instance", "Waiter"]
-
-
-# How long an instance stays, at least, for each second that it took to start or wake.
-_RESIDENCY_PER_ACTIVATION = 2.0
 
 
 @dataclass(slots=True)
@@ -37,6 +32,8 @@ class Claim:
     """What the unit will hold beyond what it holds now."""
     victims: dict[UnitName, int]
     """Sleep level that each victim goes down to; 0: it stops."""
+    beside: bool = False
+    """It is for a further instance of a model that is up already."""
 
 
 @dataclass(slots=True)
@@ -77,14 +74,14 @@ class Instance:
     """Closed: new requests queue instead of being admitted, so that it can drain."""
     ready_since: float | None = None
     """When it became ready in this run; waking up does not count. None: it has not been ready yet."""
-    activation_s: float = math.inf
-    """How long its last start or wake took; not known of one that was adopted."""
     spared_until: float = 0.0
     """Adopted: no idle timer ends before this time, unless its last activity has become known."""
     last_activity: float = 0.0
     """When a request was last admitted or ended; 0: none that we know of."""
     held_bytes: int | None = None
     """Measured per GPU while asleep."""
+    least_held_bytes: dict[int, int] = field(default_factory=dict)
+    """The least that a sleep of this run left, by level: more means that something leaks."""
     release: Release | None = None
     retry_at: float = 0.0
     """After an action on it failed: not before this time again."""
@@ -115,24 +112,21 @@ class Instance:
         """Whether requests may be admitted to it now."""
         return self.phase is Phase.READY and self.pending is None and self.gate_open
 
-    def settled_at(self, min_residency_s: float) -> float:
-        """When it may be evicted: after policy.min_residency, or twice the time that it took to come, if that is less.
-
-        So at most a third of the time goes into swapping, and one that wakes in a second does not hold the others up for ten.
-        """
-        return self.since + min(min_residency_s, _RESIDENCY_PER_ACTIVATION * self.activation_s)
-
     @property
     def idle_since(self) -> float:
         return max(self.since, self.last_activity)
 
     def holds(self) -> dict[Key, float]:
-        """What it holds now, transitions at their larger side."""
+        """What it holds now, of each resource the larger side of a transition: waking takes GPU memory before host memory comes
+        back, falling asleep the other way round."""
         if self.model is None or (self.phase in (Phase.STOPPED, Phase.FAILED) and self.pending is None):
             return {}
-        if self.phase is Phase.SLEEPING and not isinstance(self.pending, Wake):
-            return asleep_amounts(self.model, self.unit.placement, self.vram_bytes, self.level, held_bytes=self.held_bytes)
-        return awake_amounts(self.model, self.unit.placement, self.vram_bytes)
+        awake = awake_amounts(self.model, self.unit.placement, self.vram_bytes)
+        level = self.pending.level if isinstance(self.pending, Sleep) else self.level if self.phase is Phase.SLEEPING else 0
+        if not level:
+            return awake
+        asleep = asleep_amounts(self.model, self.unit.placement, self.vram_bytes, level, held_bytes=self.held_bytes)
+        return largest(awake, asleep) if isinstance(self.pending, Sleep | Wake) else asleep
 
     def holds_after(self, level: int, *, held_bytes: int | None = None) -> dict[Key, float]:
         """What it will hold once it sleeps at `level`, or has stopped (0)."""

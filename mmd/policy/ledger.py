@@ -9,7 +9,19 @@ from mmd.config import Model
 from mmd.engines import engine
 from mmd.names import Placement
 
-__all__ = ["RAM", "Amounts", "Key", "asleep_amounts", "awake_amounts", "covers", "minus", "plus", "shortfall"]
+__all__ = [
+    "RAM",
+    "Amounts",
+    "Key",
+    "asleep_amounts",
+    "awake_amounts",
+    "covers",
+    "largest",
+    "minus",
+    "more_of",
+    "plus",
+    "shortfall",
+]
 
 Key = int | str
 Amounts = Mapping[Key, float]
@@ -26,6 +38,11 @@ def plus(parts: Iterable[Amounts]) -> dict[Key, float]:
     return total
 
 
+def largest(one: Amounts, other: Amounts) -> dict[Key, float]:
+    """Of each resource the larger amount."""
+    return {key: max(one.get(key, 0), other.get(key, 0)) for key in {**one, **other}}
+
+
 def minus(whole: Amounts, part: Amounts) -> dict[Key, float]:
     """`whole` less `part`; may go below zero."""
     return {key: whole.get(key, 0) - part.get(key, 0) for key in {**whole, **part}}
@@ -34,6 +51,11 @@ def minus(whole: Amounts, part: Amounts) -> dict[Key, float]:
 def shortfall(need: Amounts, free: Amounts) -> dict[Key, float]:
     """What is missing of each resource that `need` asks for; empty when `free` covers it."""
     return {key: amount - free.get(key, 0) for key, amount in need.items() if amount > free.get(key, 0)}
+
+
+def more_of(after: Amounts, before: Amounts) -> dict[Key, float]:
+    """What `after` has more than `before`, of each resource that it has more of."""
+    return {key: amount - before.get(key, 0) for key, amount in after.items() if amount > before.get(key, 0)}
 
 
 def covers(free: Amounts, need: Amounts) -> bool:
@@ -53,8 +75,13 @@ def awake_amounts(model: Model, placement: Placement, vram_bytes: int) -> dict[K
 def asleep_amounts(
     model: Model, placement: Placement, vram_bytes: int, level: int, *, held_bytes: int | None
 ) -> dict[Key, float]:
-    """What it still holds while asleep: `held_bytes` per GPU where that was measured, else the engine's prior."""
-    residual = engine(model.engine).residual_bytes(model, level) if held_bytes is None else held_bytes
+    """What it holds while asleep: of each GPU `held_bytes` where that was measured, else the engine's prior; and host memory
+    for what it moved there."""
+    known = model if model.vram_bytes is not None else model._replace(vram_bytes=vram_bytes)
+    residual = engine(model.engine).residual_bytes(known, level) if held_bytes is None else held_bytes
     amounts = awake_amounts(model, placement, vram_bytes)
     amounts.update({gpu: min(residual, amounts[gpu]) for gpu in placement.gpus})
+    host = engine(model.engine).host_bytes(known, level)
+    if host:
+        amounts[RAM] = amounts.get(RAM, 0) + host
     return amounts

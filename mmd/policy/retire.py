@@ -7,7 +7,8 @@ from mmd.policy.actions import Action, Start
 from mmd.policy.activation import act
 from mmd.policy.events import Phase
 from mmd.policy.instance import Instance
-from mmd.policy.placing import deepest_sleep
+from mmd.policy.ledger import RAM
+from mmd.policy.placing import rest_level, settled_at, sleep_levels
 from mmd.policy.state import State
 
 __all__ = ["deadlines", "retire"]
@@ -40,24 +41,33 @@ def _due(state: State, instance: Instance, now: float) -> int | None:
     if instance.release is not None:
         if instance.phase is Phase.STOPPING or (instance.in_flight and not instance.release.force):
             return None
-        return instance.release.level
+        return _released_to(state, instance, instance.release.level)
     if instance.phase not in (Phase.READY, Phase.SLEEPING):
         return None
     if instance.stale_since is not None:
         return 0 if not instance.in_flight else None
     if instance.model is None or instance.in_flight or state.waiters_of(instance.unit):
         return None
-    timers = dict(_idle_timers(instance, instance.model))
+    timers = dict(_idle_timers(state, instance, instance.model))
     return min((level for level, at in timers.items() if at <= now), default=None)
 
 
-def _idle_timers(instance: Instance, model: Model) -> Iterator[tuple[int, float]]:
+def _released_to(state: State, instance: Instance, level: int) -> int:
+    """The level that an operator asked for, or the next deeper one that the model permits, while host memory is short."""
+    if level and state.free_later().get(RAM, 0) < 0:  # which reckons with the level asked for
+        return next((deeper for deeper in sleep_levels(instance) if deeper > level), 0)
+    return level
+
+
+def _idle_timers(state: State, instance: Instance, model: Model) -> Iterator[tuple[int, float]]:
     """Level and time of each idle timer that runs for an instance, counted from max(ready, last activity)."""
+    if model.replicas.min and sum(i.phase is Phase.READY for i in state.instances_of(model)) <= model.replicas.min:
+        return
     idle, earliest = model.idle, 0.0 if instance.last_activity else instance.spared_until
     if idle.stop_after_s is not None:
         yield 0, max(earliest, max(instance.ready_since or 0.0, instance.last_activity) + idle.stop_after_s)
-    if idle.sleep_after_s is not None and instance.phase is Phase.READY and deepest_sleep(instance):
-        yield deepest_sleep(instance), max(earliest, instance.idle_since + idle.sleep_after_s)
+    if idle.sleep_after_s is not None and instance.phase is Phase.READY and (level := rest_level(state, instance)):
+        yield level, max(earliest, instance.idle_since + idle.sleep_after_s)
 
 
 def deadlines(state: State, now: float) -> Iterator[float]:
@@ -73,9 +83,9 @@ def deadlines(state: State, now: float) -> Iterator[float]:
         if instance.model is None or instance.phase not in (Phase.READY, Phase.SLEEPING):
             continue
         if state.queues:
-            yield instance.settled_at(state.config.policy.min_residency_s)
+            yield settled_at(state, instance)
             yield instance.since + instance.model.idle.min_sleep_s
         if instance.stale_since is not None:
             yield instance.stale_since + state.config.policy.max_wait_s
         if not instance.in_flight:
-            yield from (at for _, at in _idle_timers(instance, instance.model))
+            yield from (at for _, at in _idle_timers(state, instance, instance.model))

@@ -4,19 +4,16 @@ Every event first changes what is known; then rounds of decisions run in a fixed
 stays so until a new event or the passing of time.
 """
 
-from dataclasses import replace
-
-from mmd.config import Model
 from mmd.names import UnitName
-from mmd.policy import activation, admission
-from mmd.policy.actions import Action, Refusal, Refuse, Sleep, Start, Wake
+from mmd.policy import activation, admission, learning, replicas
+from mmd.policy.actions import Action, Refusal, Refuse, Sleep, Start, Stop, Wake
 from mmd.policy.events import (
     Arrived,
     Cancelled,
     Done,
     Event,
     Finished,
-    GpuSample,
+    Gauged,
     Measured,
     Observed,
     Phase,
@@ -28,7 +25,6 @@ from mmd.policy.events import (
     Unreachable,
 )
 from mmd.policy.instance import Failures, Instance
-from mmd.policy.ledger import plus
 from mmd.policy.lesson import Lesson
 from mmd.policy.retire import deadlines, retire
 from mmd.policy.state import State
@@ -40,9 +36,6 @@ __all__ = ["Scheduler"]
 _BACK_OFF_S = 2.0
 _MAX_FAILURES = 4
 _FORGET_S = 600.0
-
-# How much more is reckoned with, at least, after a start ran out of memory: about what estimates are off by.
-_RAISE = 1.15
 
 # After any other action failed (systemd out of reach, a right missing): long enough not to spin, short enough for a user.
 _RETRY_S = 2.0
@@ -67,7 +60,7 @@ class Scheduler:
 
     def deadline(self, now: float) -> float | None:
         """When to come back with a Tick although nothing else happened; None: never."""
-        return min((at for at in deadlines(self.state, now) if at > now), default=None)
+        return min((at for at in (*deadlines(self.state, now), *replicas.deadlines(self.state)) if at > now), default=None)
 
     def _settle(self, now: float) -> list[Action]:
         """Rounds of decisions until one changes nothing: what one decides may open what an earlier step looked at."""
@@ -85,7 +78,9 @@ class Scheduler:
         actions = admission.expire(state, now)
         activation.revise(state)
         actions += admission.admit(state, now)
+        replicas.watch(state, now)
         actions += activation.make_claims(state, now)
+        replicas.make_claims(state, now)
         actions += retire(state, now)
         actions += activation.advance(state, now)
         return actions
@@ -109,11 +104,13 @@ class Scheduler:
             case Reset(model):
                 self._reset(model)
             case Measured():
-                self._measure(event)
+                learning.learn_size(self.state, event)
+            case Gauged(resource, free):
+                learning.learn_gauge(self.state, resource, free)
             case Sampled(gpus, problem):
-                self.state.gpu_problem = problem
+                self.state.gpu_problem, self.state.gpus_awaited = problem, False
                 if not problem:
-                    self._sample(gpus)
+                    learning.learn_sample(self.state, gpus)
             case Reconfigured():
                 return self._reconfigure(event, now)
             case Tick():
@@ -195,12 +192,15 @@ class Scheduler:
             return []  # overtaken by a stop: that one's Done counts
         instance.pending = None
         actions = self._observe(seen, now)
+        model = self.state.model_of(action.unit)
+        if isinstance(action, Sleep | Stop) and instance.release is None and model is not None and model.replicas.min:
+            self.state.preload.add(model.name)  # it comes back when there is room
         if isinstance(action, Start) and seen.phase is Phase.STOPPED and not event.interrupted:
             instance.reason = seen.reason or "its unit did not start"
             actions += self._fail(instance, now)
         if event.ok:
             instance.release = None
-            self._learn_cost(instance, event)
+            learning.learn_outcome(self.state, instance, event)
         elif isinstance(action, Sleep | Wake) and seen.phase in (Phase.READY, Phase.SLEEPING):
             # Half asleep: nothing but a restart makes it trustworthy again (engines.md, rule 3).
             instance.release = Release(instance.unit, force=True)
@@ -208,46 +208,12 @@ class Scheduler:
             instance.retry_at = now + _RETRY_S
         return actions
 
-    def _learn_cost(self, instance: Instance, event: Done) -> None:
-        if instance.model is None:
-            return
-        name = instance.model.name
-        lesson = self.state.lesson_of(name)
-        match event.action:
-            case Start():
-                instance.activation_s = event.elapsed_s
-                self.state.retried.discard(name)
-                lesson = replace(lesson, start_s=event.elapsed_s)
-            case Wake():
-                instance.activation_s = event.elapsed_s
-                lesson = replace(lesson, wake_s=event.elapsed_s)
-            case Sleep(level=level):
-                instance.held_bytes = event.held_bytes
-                if event.held_bytes is not None:
-                    lesson = replace(lesson, held_bytes={**lesson.held_bytes, level: event.held_bytes})
-        self.state.lessons[name] = lesson
-
-    def _measure(self, event: Measured) -> None:
-        """An awake instance that holds more than it was reckoned with is reckoned with that from now on, and ever after."""
-        instance = self.state.instances.get(event.unit)
-        if instance is None or instance.model is None or instance.phase is not Phase.READY or instance.pending is not None:
-            return
-        lesson, seen = self.state.lesson_of(instance.model.name), min(event.vram_bytes, self._most(instance))
-        if seen > lesson.peak_bytes:
-            self.state.lessons[instance.model.name] = replace(lesson, peak_bytes=seen)
-        instance.vram_bytes = max(instance.vram_bytes, seen)
-
-    def _most(self, instance: Instance) -> int:
-        """What its largest GPU may give it: what has run once must not be reckoned with more, or it would never fit again."""
-        gpus = (gpu for gpu in instance.unit.placement.gpus if gpu in self.state.gpus)
-        return int(max((self.state.empty()[gpu] for gpu in gpus), default=0))
-
     def _fail(self, instance: Instance, now: float, *, crashed: bool = False) -> list[Action]:
         """Count a failure against its model. Whoever waits is told why, unless a crashed engine gets another chance."""
         model = self.state.model_of(instance.unit)
         if model is None:
             return []
-        if instance.out_of_memory and self._raise_size(instance, model):
+        if instance.out_of_memory and learning.raise_size(self.state, instance, model):
             return []
         before = self.state.failures.get(model.name)
         count = before.count + 1 if before and now - before.at < _FORGET_S else 1
@@ -257,8 +223,12 @@ class Scheduler:
         self.state.failures[model.name] = Failures(count, now, retry_at, reason, instance.tail, crashed, final)
         self.state.preload.discard(model.name)
         if crashed and not final:
-            self.state.preload |= {model.name} if model.preload else set()
+            self.state.preload |= {model.name} if replicas.standing(model) else set()
             return []
+        if model.replicas.min and not final:
+            self.state.preload.add(model.name)
+        if any(other.phase is Phase.READY for other in self.state.instances_of(model)):
+            return []  # they serve those who wait
         retry_s = None if final else retry_at - now
         return admission.refuse_all(
             self.state,
@@ -269,26 +239,6 @@ class Scheduler:
             tail=instance.tail,
         )
 
-    def _raise_size(self, instance: Instance, model: Model) -> bool:
-        """Reckon with more memory after a start ran out of it, and say whether to try again: once, after freeing more.
-
-        Never with more than a GPU has: a start that fails although it has one to itself is to say why.
-        """
-        state = self.state
-        again = model.name not in state.retried
-        state.retried.add(model.name)
-        raised = min(int(max(instance.vram_bytes * _RAISE, self._room(instance))), self._most(instance))
-        state.lessons[model.name] = replace(state.lesson_of(model.name), raised_bytes=raised)
-        return again
-
-    def _room(self, instance: Instance) -> float:
-        """What the others left of its fullest GPU: if that did not do, it needs more."""
-        state = self.state
-        held = plus(other.holds() for other in state.instances.values() if other is not instance)
-        gpus = (state.gpus[gpu] for gpu in instance.unit.placement.gpus if gpu in state.gpus)
-        rooms = (gpu.total_bytes - held.get(gpu.index, 0) - state.foreign.get(gpu.index, 0) for gpu in gpus)
-        return min(rooms, default=0.0)
-
     def _reset(self, name: str) -> None:
         self.state.failures.pop(name, None)
         self.state.lessons.pop(name, None)
@@ -298,21 +248,12 @@ class Scheduler:
             if instance.phase is Phase.FAILED and instance.pending is None:
                 del self.state.instances[instance.unit]
 
-    def _sample(self, gpus: tuple[GpuSample, ...]) -> None:
-        """Take over what was measured. Foreign use is what our instances do not account for.
-
-        While the memory of a GPU is being changed the books are ahead of (or behind) the device, so the last value stays.
-        """
-        held = plus(instance.holds() for instance in self.state.instances.values())
-        self.state.gpus = {gpu.index: gpu for gpu in gpus}
-        changing = {gpu for i in self.state.instances.values() if i.changing for gpu in i.unit.placement.gpus}
-        for gpu in gpus:
-            if gpu.used_bytes is not None and gpu.index not in changing:
-                self.state.foreign[gpu.index] = max(0.0, gpu.used_bytes - held.get(gpu.index, 0))
-
     def _reconfigure(self, event: Reconfigured, now: float) -> list[Action]:
         state, before, known = self.state, self.state.config, self.state.definitions
         state.config, state.definitions, state.host_ram_bytes = event.config, event.definitions, event.ram_bytes
+        state.gauged = {
+            name: budget for name, budget in state.gauged.items() if learning.same_gauge(name, before, event.config)
+        }
         actions: list[Action] = []
         for name in [name for name in state.queues if name not in event.config.models]:
             message = f"the model {name!r} has been removed from the configuration"
@@ -326,8 +267,9 @@ class Scheduler:
             for name, definition in event.definitions.items()
         }
         new = [model for name, model in event.config.models.items() if before.models.get(name) != model]
+        state.crowded = {name: since for name, since in state.crowded.items() if name in event.config.models}
         state.preload = {name for name in state.preload if name in event.config.models}
-        state.preload |= {model.name for model in new if model.preload}
+        state.preload |= {model.name for model in new if replicas.standing(model)}
         for instance in state.instances.values():
             self._check_definition(instance, now)
         return actions

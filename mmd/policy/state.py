@@ -4,52 +4,34 @@ import math
 from collections import deque
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from itertools import combinations
+from itertools import combinations, product
 
 from mmd.config import Config, Idle, Model
-from mmd.names import CPU, Placement, UnitName
+from mmd.names import CPU, Placement, UnitName, divided_gpu, is_slice
 from mmd.policy.events import GpuSample, Phase
 from mmd.policy.instance import Claim, Failures, Instance, Waiter
 from mmd.policy.ledger import RAM, Key, minus, plus
 from mmd.policy.lesson import Lesson
+from mmd.policy.traffic import Traffic
 from mmd.sizes import vram_bytes
 
-__all__ = ["State", "Traffic"]
-
-
-@dataclass(slots=True)
-class Traffic:
-    """How often a model is asked for."""
-
-    requests: int = 0
-    rate: float = 0.0
-    """Requests per second, decayed over `_RATE_WINDOW_S`."""
-    rate_at: float = 0.0
-
-    def decayed(self, now: float) -> float:
-        return self.rate * math.exp2((self.rate_at - now) / _RATE_WINDOW_S)
-
-    def count(self, now: float) -> None:
-        self.rate = self.decayed(now) + 1 / _RATE_WINDOW_S
-        self.rate_at = now
-        self.requests += 1
+__all__ = ["State"]
 
 
 # All choices of GPUs on machines with 8 (4 of 8 is 70); on larger ones planning would take longer than a request may.
 _CHOICES_MAX = 70
-
-# Half-life of the request rate: long against a swap (seconds), short against a working day.
-_RATE_WINDOW_S = 300.0
 
 
 @dataclass(slots=True)
 class State:
     config: Config = field(default_factory=Config)
     definitions: Mapping[str, str] = field(default_factory=dict)
-    host_ram_bytes: int = 0
+    host_ram_bytes: float = 0
     gpus: dict[int, GpuSample] = field(default_factory=dict)
     foreign: dict[int, float] = field(default_factory=dict)
     """Per GPU, bytes used by others than our instances."""
+    gauged: dict[str, float] = field(default_factory=dict)
+    """Per resource that has a gauge and was read: what our instances may hold in all."""
     instances: dict[UnitName, Instance] = field(default_factory=dict)
     waiting: dict[int, Waiter] = field(default_factory=dict)
     queues: dict[str, deque[Waiter]] = field(default_factory=dict)
@@ -63,8 +45,13 @@ class State:
     retried: set[str] = field(default_factory=set)
     """Models whose last start ran out of memory and is tried once more."""
     preload: set[str] = field(default_factory=set)
+    """Models that lack instances which are to stand by."""
+    crowded: dict[str, float] = field(default_factory=dict)
+    """Models that have more to do than their instances should, and since when."""
+    gpus_awaited: bool = True
+    """Nothing has been heard of the GPUs yet, neither good nor bad: models that need one wait."""
     gpu_problem: str = ""
-    """Why the GPUs cannot be read, when they cannot."""
+    """Why the GPUs cannot be read, when they cannot; what was last known of them, foreign use included, stays in force."""
     serial: int = 0
     """Of the last action."""
 
@@ -100,12 +87,24 @@ class State:
         return any(i.changing and gpus.intersection(i.unit.placement.gpus) for i in self.instances.values())
 
     def empty(self) -> dict[Key, float]:
-        """What our instances could hold if nobody else used anything: per GPU total - reserve, and the named resources."""
+        """What our instances could hold if nobody else used anything: per GPU total - reserve, and the named resources.
+
+        There is no end to those that a command tells, which says what is free, not how much there is.
+        """
         reserve = self.config.gpus.reserve_bytes
         gpus: dict[Key, float] = {gpu.index: max(0, gpu.total_bytes - reserve) for gpu in self.gpus.values()}
         ram = self.config.resources.ram_bytes
         named: dict[Key, float] = dict(self.config.resources.amounts.items())
+        named.update(dict.fromkeys(self.config.resources.commands, math.inf))
         return {**gpus, RAM: self.host_ram_bytes if ram is None else ram, **named}
+
+    def holders(self, resource: str) -> list[Instance]:
+        """The instances that hold some of a named resource."""
+        return [i for i in self.instances.values() if i.holds().get(resource)]
+
+    def stand(self, resource: str) -> frozenset[tuple[UnitName, float]]:
+        """Who holds some of a named resource, and since when as it does now: two that are equal had no change between them."""
+        return frozenset((i.unit, i.since) for i in self.holders(resource))
 
     def next_serial(self) -> int:
         self.serial += 1
@@ -113,7 +112,7 @@ class State:
 
     def quiet(self) -> bool:
         """Whether nobody waits for anything that the end of a request could bring about."""
-        if self.queues or self.claims or self.preload:
+        if self.queues or self.claims or self.preload or self.crowded:
             return False
         return all(i.release is None and i.stale_since is None for i in self.instances.values())
 
@@ -123,8 +122,10 @@ class State:
         return plus(i.holds() for i in others if i.model and i.model.idle == Idle())
 
     def budget(self) -> dict[Key, float]:
-        """What our instances may hold in all: `empty` less what others use."""
-        return minus(self.empty(), {key: self.foreign.get(key, 0) for key in self.gpus})
+        """What our instances may hold in all: `empty` less what others use. Of what no command has told yet: nothing."""
+        whole = minus(self.empty(), {key: self.foreign.get(key, 0) for key in self.gpus})
+        gauged: dict[Key, float] = dict(self.gauged.items())
+        return {**whole, **dict.fromkeys(self.config.resources.commands, 0.0), **gauged}
 
     def free_now(self) -> dict[Key, float]:
         """Budget less what every instance holds at this moment: what a start may use at once."""
@@ -157,14 +158,20 @@ class State:
         return self.lesson_of(instance.model.name).held_bytes.get(level)
 
     def placements(self, model: Model) -> list[Placement]:
-        """Where a model may go: its explicit GPUs, or every choice of its count."""
+        """Where a model may go: its explicit GPUs, or every choice of its count. Of several GPUs none is a slice: a process can
+        use one slice at most (CUDA)."""
         if model.gpu_count == 0:
             return [CPU]
+        usable = sorted(gpu for gpu in self.gpus if model.gpu_count == 1 or not is_slice(gpu))
         if isinstance(model.gpus, int):
-            return _choices(sorted(self.gpus), model.gpus)
-        by_uuid = {gpu.uuid: gpu.index for gpu in self.gpus.values()}
-        indexes = [gpu if isinstance(gpu, int) else by_uuid.get(gpu, -1) for gpu in model.gpus]
-        return [Placement(tuple(sorted(indexes)))] if set(indexes) <= set(self.gpus) else []
+            return _choices(usable, model.gpus)
+        chosen = product(*([gpu for gpu in usable if self._is_named(gpu, name)] for name in model.gpus))
+        return [Placement(tuple(sorted(gpus))) for gpus in chosen if len(set(gpus)) == len(gpus)]
+
+    def _is_named(self, gpu: int, name: int | str) -> bool:
+        """Whether a model's `gpus` mean this GPU by `name`, its index or UUID; a slice goes by its divided GPU's as well."""
+        known = self.gpus[gpu]
+        return name in (gpu, known.uuid) or (is_slice(gpu) and name in (divided_gpu(gpu)[0], known.parent_uuid))
 
     def resident(self) -> Iterable[Instance]:
         """Instances that hold memory and are in nobody's hands: awake or asleep, nothing pending."""

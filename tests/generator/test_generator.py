@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 import mmd
-from mmd.config import EngineKind, Gpus, Health, Idle, Limits, Listen, Model, Sim
+from mmd.config import EngineKind, Gpus, Health, Idle, Limits, Listen, Model, Replicas, Sim
 from mmd.load import load_text
 from mmd.scope import Scope
 from mmd.units import definition, model_unit, render_units
@@ -173,7 +173,8 @@ def test_the_fingerprint_follows_what_runs() -> None:
 _OTHER: dict[str, Any] = {
     "name": "b", "id": "b", "engine": EngineKind.COMMAND, "aliases": ("x",), "profile": "p", "model": "/m", "venv": Path("/v"),
     "args": ("--x",), "env": {"A": "b"}, "gpus": 1, "vram_bytes": 1 << 30, "params": 7e9, "precision": "fp8", "ram_bytes": 5,
-    "resources": {"r": 1.0}, "sleep_level": 0, "idle": Idle(5.0), "wake_on_request": False, "pin": True, "preload": True,
+    "resources": {"r": 1.0}, "sleep_level": 0, "idle": Idle(5.0), "replicas": Replicas(1, 2),
+    "wake_on_request": False, "pin": True, "preload": True,
     "priority": 3, "concurrency": 4, "health": Health("/h"), "restart_on_connection_failure": False, "limits": Limits(5),
     "description": "d", "url": "u", "command": ("/c",), "workdir": Path("/w"), "listen": Listen.UNIX, "listen_port": 5,
     "stop_command": ("/s",), "endpoint": "http://127.0.0.1:1", "sim": Sim(9.0), "source": Path("/s"), "line": 3,

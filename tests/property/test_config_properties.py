@@ -12,9 +12,11 @@ from jsonschema import Draft202012Validator
 from mmd.check import Complaint, read_section
 from mmd.kinds import NAME, BadValueError
 from mmd.load import MODEL_KEYS, load_text
+from mmd.model_settings import DEFAULTS, MODEL, PROFILE
 from mmd.quantity import format_count, format_duration, format_size, parse_count, parse_duration, parse_size
 from mmd.schema import schema
-from mmd.settings import DEFAULTS, MODEL, PROFILE, TOP, Section
+from mmd.setting import Section
+from mmd.settings import TOP
 from mmd.unitfile import command_line, quote
 from mmd.yamlfile import dump, parse
 
@@ -34,7 +36,7 @@ VALID: dict[str, Any] = {
         "workers": 1,
     },
     "gpus": {"provider": "sim", "reserve": 0, "devices": [{"memory": "24GiB"}, 0, "GPU-1a"]},
-    "resources": {"ram": "auto", "license": 2},
+    "resources": {"ram": "auto", "license": 2, "disk": "1GiB", "scratch": {"command": ["df", 1], "interval": "1s"}},
     "policy": {"evict": "lru", "max_wait": "60s"},
     "defaults": {"env": {"A": "b", "C": 1}},
     "profiles": {"long": {"args": ["--x", 5], "idle": {"stop_after": "never", "min_sleep": 0}}},
@@ -43,7 +45,8 @@ VALID: dict[str, Any] = {
         "b": {"engine": "command", "command": ["x"], "listen": "tcp:80", "health": {"path": "/h", "interval": "50ms"}},
         "c": {"engine": "external", "endpoint": "http://x"},
         "d": {"sim": {"tokens_per_second": 0.5}, "sleep": {"level": 2}, "limits": {"cpu_weight": 100}, "venv": "/opt/x"},
-        "e": None,
+        "e": {"resources": {"license": 1, "disk": "1MiB"}},
+        "f": None,
     },
 }
 
@@ -104,7 +107,7 @@ SCALARS = (
 VALUES = (
     SCALARS
     | st.lists(SCALARS, max_size=2)
-    | st.dictionaries(st.sampled_from(["memory", "command", "level", "x"]), SCALARS, max_size=2)
+    | st.dictionaries(st.sampled_from(["memory", "command", "interval", "level", "x"]), SCALARS, max_size=2)
 )
 KEYS = st.sampled_from(
     ["vrma", "id", "listen", "engine", "workers", "cors_origins", "lora", "profile", "x\n", "", "ram"]

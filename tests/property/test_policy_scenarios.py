@@ -67,14 +67,13 @@ def test_a_sleeper_wakes_where_it_is() -> None:
 
 
 def test_a_fresh_resident_is_left_alone_for_min_residency() -> None:
-    world = World(config_of(sim("a", 14), sim("b", 16)), 24)
+    world = World(config_of(sim("a", 14, sleep_level=0), sim("b", 16)), 24)
     serve(world, "a")
     world.pass_time(2)
     world.arrive("b")
-    assert last(world) != Sleep(unit("a"), 1, 0)
     assert not world.pending
     world.pass_time(8.5)
-    assert isinstance(last(world), Sleep)
+    assert last(world) == Stop(unit("a"))
 
 
 def test_a_busy_model_is_drained_only_after_max_wait() -> None:
@@ -296,13 +295,13 @@ def test_idle_timers_of_an_adopted_model_count_from_when_it_became_ready() -> No
 
 
 def test_min_residency_of_an_adopted_model_counts_from_when_it_became_ready() -> None:
-    world = World(config_of(sim("a", 14), sim("b", 16)), 24)
+    world = World(config_of(sim("a", 14, sleep_level=0), sim("b", 16)), 24)
     adopt(world, "a", 4)
     world.arrive("b")
     world.pass_time(5)
     assert not world.pending
     world.pass_time(1.5)
-    assert isinstance(last(world), Sleep)
+    assert last(world) == Stop(unit("a"))
 
 
 def test_an_adopted_model_is_not_idle_before_those_who_use_it_had_their_chance() -> None:
@@ -538,14 +537,17 @@ def test_what_has_run_once_is_never_reckoned_too_large_for_its_gpu() -> None:
     assert last(world) == Start(unit("a"))
 
 
-def test_what_came_quickly_may_go_quickly() -> None:
+def test_what_comes_back_quickly_may_go_quickly() -> None:
     world = World(config_of(sim("a", 14), sim("b", 16)), 24)
+    serve(world, "a")
+    world.release(unit("a"), 1)
+    world.complete(unit("a"))
     first = world.arrive("a")
     world.complete(unit("a"), elapsed_s=1.5)
     world.finish(first)
     world.arrive("b")
     assert not world.pending
-    world.pass_time(2.9)
+    world.pass_time(1.4)
     assert not world.pending
     world.pass_time(0.2)
-    assert isinstance(last(world), Sleep), "after twice its 1.5 s, not after min_residency's 10"
+    assert isinstance(last(world), Sleep), "after the 1.5 s that it takes to wake, not after min_residency's 10"

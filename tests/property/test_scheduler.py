@@ -5,14 +5,14 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 from world import World, config_of, sim
 
-from mmd.config import Evict, Idle, Model
+from mmd.config import Evict, Idle, Model, Replicas
 from mmd.policy import Scheduler
 from mmd.policy.actions import Refusal
 from mmd.policy.events import Phase
 
 MODELS = (
     sim("a", 14),
-    sim("b", 16),
+    sim("b", 16, sleep_level=2),
     sim("c", 9, idle=Idle(sleep_after_s=30, stop_after_s=120)),
     sim("d", 6, pin=True),
     sim("e", 12, sleep_level=0),
@@ -21,6 +21,9 @@ MODELS = (
     sim("h", 8, gpus=(1,), priority=5),
     sim("i", 7, wake_on_request=False, idle=Idle(sleep_after_s=5)),
     sim("j", 40),
+    sim("k", 6, replicas=Replicas(max=2, target_in_flight=2)),
+    sim("l", 7, replicas=Replicas(min=1, max=3, target_in_flight=1), idle=Idle(sleep_after_s=20)),
+    sim("m", 11, preload=True, concurrency=1, replicas=Replicas(max=2)),
 )
 
 
@@ -30,12 +33,13 @@ class SchedulerMachine(RuleBasedStateMachine):
     @initialize(
         evict=st.sampled_from(Evict),
         gpus=st.sampled_from([(24,), (24, 24), (16, 24)]),
+        ram_gib=st.sampled_from([0, 16, 32, 64]),
         models=st.lists(st.sampled_from(MODELS), min_size=2, max_size=7, unique_by=lambda m: m.name),
     )
-    def begin(self, evict: Evict, gpus: tuple[int, ...], models: list[Model]) -> None:
+    def begin(self, evict: Evict, gpus: tuple[int, ...], ram_gib: int, models: list[Model]) -> None:
         config = config_of(*models)
-        policy = type(config.policy)(evict, config.policy.max_wait_s, config.policy.min_residency_s)
-        self.world = World(type(config)(config.gateway, config.gpus, config.resources, policy, config.models), *gpus)
+        config = config._replace(policy=config.policy._replace(evict=evict))
+        self.world = World(config, *gpus, ram_gib=ram_gib)
         self.names = [model.name for model in models]
 
     @rule(data=st.data(), operator=st.booleans())

@@ -45,7 +45,7 @@ def _step(world: World, dice: random.Random, names: list[str]) -> None:
             world.release(dice.choice(sorted(world.units)), dice.choice([0, 1]), force=dice.random() < 0.3)
         case 9 if dice.random() < 0.15:
             definitions = {name: dice.choice(["d1", "d2"]) for name in names}
-            world.post(Reconfigured(world.config, definitions, 64 << 30))
+            world.post(Reconfigured(world.config, definitions, world.ram))
         case 9:
             world.pass_time(dice.choice([0.5, 3.0, 11.0, 61.0, 300.0]))
 
@@ -58,7 +58,7 @@ def storm(seed: int) -> None:
     """One trace; its World checks the invariants at every step."""
     dice = random.Random(seed)
     config = _config(dice)
-    world = World(config, *dice.choice([(24,), (24, 24), (16, 24)]))
+    world = World(config, *dice.choice([(24,), (24, 24), (16, 24)]), ram_gib=dice.choice([0, 16, 32, 64]))
     for _ in range(_STEPS):
         _step(world, dice, list(config.models))
         assert world.scheduler._settle(world.now) == [], "a decision was left for later"

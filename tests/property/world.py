@@ -51,8 +51,9 @@ class Unit:
 class World:
     """Carries out actions when told to, and checks the invariants of scheduling.md at every step."""
 
-    def __init__(self, config: Config, *gpu_gib: int) -> None:
+    def __init__(self, config: Config, *gpu_gib: int, ram_gib: int = 64) -> None:
         self.config = config
+        self.ram = ram_gib * GIB
         self.total = [gib * GIB for gib in gpu_gib]
         self.now = 1000.0
         self.scheduler = Scheduler()
@@ -66,7 +67,7 @@ class World:
         self.trace: list[tuple[Event, float]] = []
         self.actions: list[Action] = []
         self._requests = 0
-        self.post(Reconfigured(config, dict.fromkeys(config.models, "d1"), 64 * GIB))
+        self.post(Reconfigured(config, dict.fromkeys(config.models, "d1"), self.ram))
         self.post(Sampled(tuple(GpuSample(i, total) for i, total in enumerate(self.total))))
 
     def post(self, event: Event) -> list[Action]:
@@ -103,9 +104,13 @@ class World:
         shared = [u for u in self.pending if u != unit and set(u.placement.gpus) & set(unit.placement.gpus)]
         assert not shared, f"{action}: {shared} change the same GPU"
         self.pending[unit] = action
+        if isinstance(action, Sleep):
+            assert self.used_ram() <= self.ram, f"{action}: sleepers hold {self.used_ram() / GIB} GiB of host memory"
         if isinstance(action, Start | Wake):
             if isinstance(action, Start):
                 self.units[unit] = Unit(Phase.STARTING)
+            replicas = [u for u in self.units if u.id == unit.id and self.units[u].phase in (Phase.STARTING, Phase.READY)]
+            assert len(replicas) <= self._model(unit).replicas.max, f"{action}: one more than replicas.max"
             for gpu in unit.placement.gpus:
                 used = self.used(gpu)
                 assert used <= self.total[gpu] - GIB, f"{action}: GPU {gpu} holds {used / GIB} GiB"
@@ -114,8 +119,20 @@ class World:
         """Bytes held on a GPU, transitions at their larger side."""
         return sum(self._holds(name, unit) for name, unit in self.units.items() if gpu in name.placement.gpus)
 
+    def used_ram(self) -> int:
+        """Bytes of host memory that sleepers at level 1 hold, those on their way there or back included."""
+        return sum(self._keeps(name, unit) for name, unit in self.units.items())
+
+    def _keeps(self, name: UnitName, unit: Unit) -> int:
+        pending = self.pending.get(name)
+        level = pending.level if isinstance(pending, Sleep) else unit.level if unit.phase is Phase.SLEEPING else 0
+        return len(name.placement.gpus) * int(0.95 * (self._model(name).vram_bytes or 0)) if level == 1 else 0
+
+    def _model(self, name: UnitName) -> Model:
+        return next(m for m in self.config.models.values() if m.id == name.id)
+
     def _holds(self, name: UnitName, unit: Unit) -> int:
-        model = next(m for m in self.config.models.values() if m.id == name.id)
+        model = self._model(name)
         if unit.phase is Phase.FAILED:
             return 0
         asleep = unit.phase is Phase.SLEEPING and not isinstance(self.pending.get(name), Wake)
@@ -140,7 +157,7 @@ class World:
         self.post(Finished(request))
 
     def complete(self, unit: UnitName, *, ok: bool = True, keeps: bool = False, out_of_memory: bool = False,
-                 elapsed_s: float = 30.0) -> None:  # fmt: skip
+                 elapsed_s: float = 30.0, held_bytes: int = RESIDUAL) -> None:  # fmt: skip
         """End the pending action of a unit. `keeps`: a sleep answers well but the memory does not come back."""
         action = self.pending.pop(unit)
         match action:
@@ -160,7 +177,7 @@ class World:
                 self.forced.discard(unit)
                 self.released.discard(unit)
                 ok = True
-        held = RESIDUAL if isinstance(action, Sleep) and ok else None
+        held = held_bytes if isinstance(action, Sleep) and ok else None
         self.post(Done(action, replace(self._seen(unit), out_of_memory=out_of_memory), ok, elapsed_s, held))
 
     def _seen(self, name: UnitName) -> Observed:

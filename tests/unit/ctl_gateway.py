@@ -12,7 +12,19 @@ from typing import TypeAlias, cast
 from urllib.parse import unquote
 
 from mmd.ctl.client import Reloaded
-from mmd.status import GatewayStatus, GpuStatus, InstanceStatus, ModelState, ModelStatus, Progress, Status
+from mmd.sizes import estimate
+from mmd.status import (
+    EstimateStatus,
+    GatewayStatus,
+    GpuStatus,
+    InstanceStatus,
+    ModelState,
+    ModelStatus,
+    Progress,
+    Reckoning,
+    SleepStatus,
+    Status,
+)
 
 GIB = 1 << 30
 
@@ -136,11 +148,27 @@ def example(now_s: float) -> Status:
         ),
         models=(
             _model("demo/llama-8b", "llama", ModelState.READY, now_s, vram_gib=14, in_flight=2, aliases=("gpt-4o-mini",)),
-            _model("demo/qwen-7b", "qwen", ModelState.SLEEPING, now_s, vram_gib=1, sleep_level=1, last_activity=now_s - 754),
+            _model(
+                "demo/qwen-7b", "qwen", ModelState.SLEEPING, now_s, vram_gib=1, sleep_level=1, last_activity=now_s - 754,
+                reckoning=estimated(),
+            ),
             _model("demo/mistral", "mistral", ModelState.STARTING, now_s, vram_gib=8, status="loading weights 45 %", waiting=1),
             _model("demo/broken", "broken", ModelState.FAILED, now_s, reason="it exited with status 1", tail=tail),
             ModelStatus("demo/idle", "idle", "sim", ModelState.STOPPED, vram_bytes=6 * GIB, gpus=1, description="Never asked"),
         ),
+    )  # fmt: skip
+
+
+def estimated() -> Reckoning:
+    """A model that was measured, and slept at level 1, but has never been woken."""
+    made_of = estimate(7.6e9)
+    return Reckoning(
+        vram_bytes=int(17.9 * GIB), start_s=47.2, start_learned=True,
+        estimate=EstimateStatus(
+            7.6e9, "bf16", 2.0, 1, made_of.weights_bytes, made_of.kv_cache_bytes, made_of.overhead_bytes, made_of.total_bytes
+        ),
+        measured_bytes=int(17.9 * GIB),
+        asleep=(SleepStatus(1, int(1.2 * GIB), True, int(14.2 * GIB), 2.9, False),),
     )  # fmt: skip
 
 
@@ -159,6 +187,7 @@ def _model(
     reason: str = "",
     tail: tuple[str, ...] = (),
     last_activity: float | None = None,
+    reckoning: Reckoning | None = None,
 ) -> ModelStatus:
     instance = InstanceStatus(
         unit=f"mmd-model-{id}@0.service", placement="0", state=state, since=now_s - 3600, sleep_level=sleep_level,
@@ -166,5 +195,5 @@ def _model(
     )  # fmt: skip
     return ModelStatus(
         name, id, "sim", state, aliases=aliases, instances=(instance,), vram_bytes=vram_gib * GIB, gpus=1, in_flight=in_flight,
-        waiting=waiting, reason=reason, tail=tail, last_activity=last_activity,
+        waiting=waiting, reason=reason, tail=tail, last_activity=last_activity, reckoning=reckoning,
     )  # fmt: skip

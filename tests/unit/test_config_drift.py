@@ -13,9 +13,11 @@ from mmd.check import Complaint, read_section
 from mmd.config import Config, EngineKind, Model
 from mmd.load import load_text
 from mmd.manual import manual
+from mmd.model_settings import MODEL
 from mmd.schema import drop_in_schema, schema, validate
-from mmd.settings import MODEL, TOP, Later, Section, Setting, walk
-from mmd.sizes import BYTES_PER_WEIGHT, estimate_vram_bytes, vram_bytes
+from mmd.setting import Later, Section, Setting, walk
+from mmd.settings import TOP
+from mmd.sizes import BYTES_PER_WEIGHT, estimate, estimate_of, vram_bytes
 from mmd.yamlfile import parse
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -132,11 +134,15 @@ def test_validate_places_what_it_finds() -> None:
 
 def test_estimates() -> None:
     gib = 1 << 30
-    assert estimate_vram_bytes(8e9, "bf16") == pytest.approx(8e9 * 2 * 1.2 + 1.5 * gib, abs=64 << 20)
-    assert estimate_vram_bytes(1e9, "fp8") == pytest.approx(1e9 + 2.5 * gib, abs=64 << 20)
-    assert estimate_vram_bytes(70e9, "fp8", gpus=2) < estimate_vram_bytes(70e9, "fp8")
-    assert all(estimate_vram_bytes(7e9, precision) > 0 for precision in BYTES_PER_WEIGHT)
+    made_of = estimate(7.6e9)
+    parts = (made_of.weights_bytes, made_of.kv_cache_bytes, made_of.overhead_bytes, made_of.total_bytes)
+    assert [round(part / gib, 6) for part in parts] == [14.2, 2.8, 2.4, 19.4], "they add up as they are shown"
+    assert estimate(1e9, "fp8").total_bytes == pytest.approx((0.9 + 1.0 + 1.6) * gib, abs=3)
+    assert estimate(70e9, "fp8", 2).weights_bytes == pytest.approx(estimate(70e9, "fp8").weights_bytes / 2, abs=gib / 10)
+    assert all(estimate(7e9, precision).total_bytes > 0 for precision in BYTES_PER_WEIGHT)
     model = Model(name="m", id="m", engine=EngineKind.VLLM, params=8e9)
-    assert vram_bytes(model) == estimate_vram_bytes(8e9)
-    assert vram_bytes(Model(name="m", id="m", engine=EngineKind.VLLM, gpus=0, params=8e9)) == 0
-    assert vram_bytes(Model(name="m", id="m", engine=EngineKind.VLLM, vram_bytes=5, params=8e9)) == 5
+    assert vram_bytes(model) == estimate(8e9).total_bytes
+    assert vram_bytes(model._replace(gpus=2)) == estimate(8e9, gpus=2).total_bytes
+    assert estimate_of(model._replace(params=None)) is None
+    assert vram_bytes(model._replace(gpus=0)) == 0
+    assert vram_bytes(model._replace(vram_bytes=5)) == 5

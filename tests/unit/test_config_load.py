@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from mmd.build import render
-from mmd.config import Config, Device, EngineKind, Gateway, Gpus, Health, Idle, Limits, Listen, Model, Provider, Sim
+from mmd.config import Config, Device, EngineKind, Gateway, Gauge, Gpus, Health, Idle, Limits, Listen, Model, Provider, Sim
 from mmd.load import load, load_files, load_text
 from mmd.problem import Problem
 from mmd.scope import Scope, ScopeKind
@@ -34,7 +34,7 @@ def test_everything() -> None:
         """\
 gateway: {listen: ["[::1]:8000", /run/x.sock], admin_auth: open, max_body: 1MiB, loading_keepalive: never, workers: 1}
 gpus: {provider: static, reserve: 0, devices: [{memory: 24GiB}]}
-resources: {ram: 64GiB, license: 2}
+resources: {ram: 64GiB, license: 2, disk: 200GiB, scratch: {command: ["df-free", /scratch], interval: 5s}}
 policy: {evict: lru, max_wait: 0}
 defaults: {env: {A: x, B: y}, health: {timeout: 1h}, venv: /opt/default}
 profiles:
@@ -47,12 +47,12 @@ models:
     model: other/A
     args: [--max-model-len, 32768]
     env: {C: 5}
-    gpus: [0, GPU-12ab]
+    gpus: [0, 101, GPU-12ab]
     vram: 18GiB
     params: 7.6B
     precision: bf16
     ram: 3GiB
-    resources: {license: 1}
+    resources: {license: 1, scratch: 18GiB}
     sleep: {level: off}
     idle: {sleep_after: 5min, stop_after: off}
     health: {interval: 100ms}
@@ -69,7 +69,8 @@ models:
     assert config.gateway.loading_keepalive_s is None
     assert config.gpus == Gpus(Provider.STATIC, 0, (Device(memory_bytes=24 << 30),))
     assert config.resources.ram_bytes == 64 << 30
-    assert config.resources.amounts == {"license": 2}
+    assert config.resources.amounts == {"license": 2, "disk": 200 << 30}
+    assert config.resources.commands == {"scratch": Gauge(("df-free", "/scratch"), 5.0)}
     assert config.policy.max_wait_s == 0
     assert config.models["org/A"] == Model(
         name="org/A",
@@ -81,12 +82,12 @@ models:
         venv=Path("/opt/default"),
         args=("--max-model-len", "32768"),
         env={"A": "x", "B": "z", "C": "5"},
-        gpus=(0, "GPU-12ab"),
+        gpus=(0, 101, "GPU-12ab"),
         vram_bytes=18 << 30,
         params=7.6e9,
         precision="bf16",
         ram_bytes=3 << 30,
-        resources={"license": 1},
+        resources={"license": 1, "scratch": 18 << 30},
         sleep_level=0,
         idle=Idle(sleep_after_s=300),
         health=Health(interval_s=0.1, timeout_s=3600),
@@ -124,8 +125,16 @@ MISTAKES = [
     ("gpus: {provider: static, devices: [0]}", "1: gpus.devices.0: provider static needs the memory of each device"),
     ("gpus: {devices: [{memory: 1GiB}]}", "1: gpus.devices.0: provider auto measures the memory itself"),
     ("gpus: {provider: nvml, devices: [1, 1]}", "1: gpus.devices.1: 1 is given twice"),
+    ("gpus: {provider: nvml, devices: [6500]}", "1: gpus.devices.0: 6500 is not a whole number from 0 to 6499"),
     ("gpus: {devices: [{mem: 1}]}", "1: gpus.devices.0.mem: unknown key (did you mean memory?)"),
-    ("resources: {scratch: {command: [df]}}", "1: resources.scratch.command: not yet supported: command"),
+    ("resources: {scratch: {comand: [df]}}", "1: resources.scratch.comand: unknown key (known: command, interval)"),
+    ("resources: {scratch: {interval: 1s}}", "1: resources.scratch: needs its command (write {command:"),
+    ("resources: {scratch: {command: df}}", "1: resources.scratch.command: 'df' is not a list, each text or a whole number"),
+    ("resources: {scratch: {command: []}}", "1: resources.scratch.command: needs at least 1 item"),
+    ("resources: {scratch: {command: [df], interval: 50ms}}", "1: resources.scratch.interval: must be from 100ms to 1h"),
+    ("resources: {scratch: {command: [df], interval: 1d}}", "1: resources.scratch.interval: must be from 100ms to 1h"),
+    ("resources: {scratch: lots}", "1: resources.scratch: 'lots' is not a number of at least 0, or a size such as 18GiB"),
+    ("resources: {scratch: -1}", "1: resources.scratch: -1 is not a number of at least 0"),
     ("resources: {Scratch: 1}", "1: resources.Scratch: 'Scratch' is not a resource name"),
     ("defaults: {id: x}", "1: defaults.id: unknown key"),
     ("models: {a: {engine: sglang}}", "1: models.a.engine: not yet supported: sglang (use vllm or sim or command or external)"),
@@ -137,9 +146,12 @@ MISTAKES = [
     ("models: {a: {gpus: 0, sim: {}}}", "1: models.a.sim: does not apply to engine vllm (only to sim)"),
     ("models: {a: {gpus: 0, health: {command: [x]}}}", "1: models.a.health.command: does not apply to engine vllm"),
     ("models: {a: {gpus: [1, 1], vram: 1GiB}}", "1: models.a.gpus: names a GPU twice"),
+    ("models: {a: {gpus: 65, vram: 1GiB}}", "1: models.a.gpus: 65 is not a whole number from 0 to 64"),
     ("models: {a: {gpus: 0, profile: lnog}}\nprofiles: {long: {}}", "1: models.a.profile: no profile 'lnog' (did you mean"),
     ("models: {a: {gpus: 0, profile: p}}\nprofiles: {p: {foo: 1}}", "1: models.a.profile: profile 'p' has a problem"),
     ("models: {a: {gpus: 0, resources: {x: 1}}}", "1: models.a.resources.x: no such resource (declare it: resources: {x:"),
+    ("models: {a: {gpus: 0, resources: {x: lots}}}", "1: models.a.resources.x: 'lots' is not a number of at least 0"),
+    ("resources: {disk: {command: [x]}}\nmodels: {a: {gpus: 0, resources: {dsk: 1}}}", "2: models.a.resources.dsk: no such"),
     ("models: {a: {gpus: 0, sleep: {level: 3}}}", "1: models.a.sleep.level: 3 is not 1, 2 or off"),
     ("models: {a: {gpus: 0, env: {1A: b}}}", "1: models.a.env.1A: '1A' is not a name of an environment variable"),
     ("models: {a: {gpus: 0, env: {A: true}}}", "1: models.a.env.A: true is not text or a whole number (quote it)"),

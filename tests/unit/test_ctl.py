@@ -10,14 +10,16 @@ import threading
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
-from ctl_gateway import GIB, BreakOff, Gateway, Refusal, example, serving
+from ctl_gateway import GIB, BreakOff, Gateway, Refusal, estimated, example, serving
 
 from mmd.ctl.client import Client
 from mmd.ctl.exits import CtlError, Exit
+from mmd.ctl.reckoning import facts
 from mmd.scope import ScopeKind
-from mmd.status import GatewayStatus, ModelState, Progress, Status
+from mmd.status import EstimateStatus, GatewayStatus, ModelState, Progress, Reckoning, Status, model_from_json
 
 MMDCTL = str(Path(sys.executable).with_name("mmdctl"))
 
@@ -106,6 +108,51 @@ def test_list_and_show(gateway: Gateway, path: Path) -> None:
     assert "Model: demo/llama-8b" in shown
     assert "Unit: mmd-model-llama@0.service" in shown
     assert raw["name"] == "demo/idle"
+
+
+def test_show_tells_the_arithmetic_behind_a_model_s_memory(gateway: Gateway, path: Path) -> None:
+    with serving(gateway, path):
+        shown = run(["show", "qwen"], path=path).stdout
+        raw = json.loads(run(["show", "qwen", "--json"], path=path).stdout)
+    lines = [line.strip() for line in shown.splitlines()]
+    first = lines.index("VRAM: 17.9 GiB while awake")
+    assert lines[first + 1 : first + 5] == [
+        "Estimated: 7.6 B x 2 bytes (bf16) = 14.2 GiB weights + 2.8 GiB KV cache + 2.4 GiB overhead = 19.4 GiB",
+        "Measured: 17.9 GiB at most, so 17.9 GiB is reserved",
+        "Start: 47 s (learned)",
+        "Asleep: 1.2 GiB (measured) at level 1, and 14.2 GiB of host memory; awake in 2.9 s (guessed)",
+    ]
+    assert raw["reckoning"]["estimate"]["weights_bytes"] + raw["reckoning"]["estimate"]["kv_cache_bytes"] > 16 * GIB
+    assert model_from_json(raw).reckoning == estimated()
+
+
+@pytest.mark.parametrize(
+    ("changes", "lines"),
+    [
+        ({"declared_bytes": 18 * GIB}, ["Declared: 18.0 GiB"]),
+        (
+            {"declared_bytes": 18 * GIB, "measured_bytes": 17 * GIB},
+            ["Declared: 18.0 GiB", "Measured: 17.0 GiB at most, so the declared 18.0 GiB is reserved"],
+        ),
+        (
+            {"vram_bytes": 21 * GIB, "declared_bytes": 18 * GIB, "measured_bytes": 17 * GIB, "raised_bytes": 21 * GIB},
+            [
+                "Declared: 18.0 GiB",
+                "Measured: 17.0 GiB at most",
+                "Raised: to 21.0 GiB after it ran out of memory, so 21.0 GiB is reserved",
+            ],
+        ),
+        (
+            {"estimate": EstimateStatus(70e9, "int8", 1.0, 2, 33 * GIB, 7 * GIB, 3 * GIB, 43 * GIB)},
+            [
+                "Estimated: 70 B x 1 byte (int8) / 2 GPUs = 33.0 GiB weights + 7.0 GiB KV cache + 3.0 GiB overhead = 43.0 GiB",
+            ],
+        ),
+    ],
+)
+def test_what_decides_is_said_last(changes: dict[str, Any], lines: list[str]) -> None:
+    reckoning = Reckoning(**{"vram_bytes": 18 * GIB, "start_s": 60.0, "start_learned": False} | changes)
+    assert [f"{title}: {words}" for title, words in facts(reckoning)] == [*lines, "Start: 60 s (guessed)"]
 
 
 def test_an_unknown_model_is_named_with_the_nearest_one(gateway: Gateway, path: Path) -> None:
