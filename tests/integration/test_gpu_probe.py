@@ -1,11 +1,11 @@
 """GPUs through the sandboxed probe unit: the real pynvml over a fake libnvidia-ml.so.1, asked by a gateway without devices."""
 
-import subprocess
 from collections.abc import Iterator
 
 import pytest
 from client import chat
-from testbed import CHECKOUT, Installation
+from fake_nvml import build_library, write_state
+from testbed import Installation
 
 _GIB = 1 << 30
 _DROP_IN = """[Service]
@@ -21,10 +21,8 @@ models:
 
 @pytest.fixture(scope="module")
 def machine(installed: Installation) -> Iterator[Installation]:
-    library = installed.path("/opt/fakenvml/libnvidia-ml.so.1")
-    library.parent.mkdir(parents=True)
-    source = CHECKOUT / "tests/unit/fakenvml/fakenvml.c"
-    subprocess.run(["gcc", "-shared", "-fPIC", "-D_DEFAULT_SOURCE", "-o", library, source], check=True)
+    installed.path("/opt/fakenvml").mkdir(parents=True)
+    build_library(installed.path("/opt/fakenvml"))
     installed.write("/etc/systemd/system/mmd-gpu-probe@.service.d/fake.conf", _DROP_IN)
     _use(installed, 0)
     installed.configure(_MODELS)
@@ -33,8 +31,7 @@ def machine(installed: Installation) -> Iterator[Installation]:
 
 
 def _use(machine: Installation, gib: int) -> None:
-    machine.write("/opt/fakenvml/state.new", f"gpu GPU-fake {24 * _GIB} 0 {gib * _GIB}\n")
-    machine.path("/opt/fakenvml/state.new").rename(machine.path("/opt/fakenvml/state"))
+    write_state(machine.path("/opt/fakenvml/state"), f"gpu GPU-fake {24 * _GIB} 0 {gib * _GIB}\n")
 
 
 def test_the_gateway_sees_the_gpus_through_the_probe(machine: Installation) -> None:
@@ -56,7 +53,7 @@ def test_a_killed_probe_is_asked_again(machine: Installation) -> None:
     machine.systemctl("kill", "--signal=KILL", "mmd-gpu-probe@*")
     _use(machine, 5)
     machine.wait_until(lambda: machine.status()["gpus"][0]["used_bytes"] == 5 * _GIB, 10)
-    assert machine.status()["gateway"]["problems"] == []
+    assert machine.status()["gateway"]["gpu_problem"] == ""
     _use(machine, 0)
 
 

@@ -13,6 +13,7 @@ from testbed import Installation
 _MODELS = """
 gpus: {provider: sim, devices: [{memory: 24GiB}]}
 policy: {min_residency: 0s}
+resources: {ram: 100GiB}  # whatever the machine has: two sleepers keep 29 GiB
 gateway: {loading_keepalive: 200ms}
 models:
   org/first:
