@@ -1,6 +1,6 @@
 """The fake libnvidia-ml.so.1, which the real pynvml loads, and its state file: see tests/unit/fakenvml/fakenvml.c.
 
-A test module that wants the fixture says `pytest_plugins = ["fake_nvml"]`.
+tests/unit/conftest.py makes its fixtures known there.
 """
 
 import subprocess
@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-__all__ = ["build_library", "nvml", "write_state"]
+__all__ = ["build_library", "library_dir", "nvml", "write_state"]
 
 _SOURCE = Path(__file__).parents[1] / "unit" / "fakenvml" / "fakenvml.c"
 _FLAGS = (

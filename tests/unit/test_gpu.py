@@ -21,8 +21,6 @@ from mmd.gpu.nvml import NoDriverError, NvmlProvider
 from mmd.gpu.probe import has_hardware
 from mmd.sim.ledger import Ledger
 
-pytest_plugins = ["fake_nvml"]
-
 GIB = 1 << 30
 TWO_GPUS = f"gpu GPU-aa {24 * GIB} {GIB} {5 * GIB}\ngpu GPU-bb {80 * GIB} {GIB} 0\nprocess 0 17 {3 * GIB}\nprocess 0 18 {GIB}\n"
 

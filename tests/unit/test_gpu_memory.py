@@ -16,8 +16,6 @@ from mmd.gpu.nvml import NvmlProvider
 from mmd.names import Placement
 from mmd.policy.events import Sampled
 
-pytest_plugins = ["fake_nvml"]
-
 GIB = 1 << 30
 GPU = f"gpu GPU-aa {24 * GIB} 0 {5 * GIB}\nprocess 0 17 {3 * GIB}\n"
 FIRST = Placement((0,))
