@@ -46,8 +46,9 @@ def machine(installed: Installation) -> Iterator[Installation]:
     installed.stop_all()
 
 
-def configure(machine: Installation, *, wait_limit: str = "1min", more: str = "") -> None:
-    machine.configure(_MODELS.replace("WAIT_LIMIT", wait_limit) + more)
+def configure(machine: Installation, *, wait_limit: str = "1min", provider: str = "sim", more: str = "") -> None:
+    models = _MODELS.replace("WAIT_LIMIT", wait_limit).replace("provider: sim", f"provider: {provider}")
+    machine.configure(models + more)
 
 
 def resource(machine: Installation, name: str) -> dict[str, Any]:
@@ -190,14 +191,14 @@ def hog(size_bytes: int) -> Iterator[None]:
 
 def test_ram_is_what_others_have_left(machine: Installation) -> None:
     """A model that the host could hold, and does not while somebody else uses it. What else the machine does takes and frees
-    some as well, hence the distances."""
-    configure(machine, more="  large: {vram: 2GiB, ram: 1GiB}\n")
+    some as well, hence the distances. Static: simulated GPUs stand for a host without limits."""
+    configure(machine, provider="static", more="  large: {vram: 2GiB, ram: 1GiB}\n")
     before = resource(machine, "ram")
     assert (before["in_bytes"], before["problem"], before["reserved"]) == (True, "", 0)
     with ThreadPoolExecutor(1) as pool:
         with hog(3 * _GIB):
             machine.wait_until(lambda: resource(machine, "ram")["free"] < before["free"] - 1.5 * _GIB, 10)
-            configure(machine, more=f"  large: {{vram: 2GiB, ram: {int(before['free']) - _GIB}B}}\n")
+            configure(machine, provider="static", more=f"  large: {{vram: 2GiB, ram: {int(before['free']) - _GIB}B}}\n")
             answer = pool.submit(chat, "large")
             time.sleep(3)
             assert not answer.done()
