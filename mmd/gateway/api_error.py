@@ -16,7 +16,7 @@ from mmd.config import Config
 from mmd.errors import MmdError
 from mmd.policy.actions import Refusal, Refuse
 
-__all__ = ["ApiError", "Handler", "error_middleware", "no_such_model", "refused"]
+__all__ = ["ApiError", "Handler", "error_content", "error_middleware", "no_such_model", "refused"]
 
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
@@ -67,12 +67,21 @@ class ApiError(MmdError):
             return {"Retry-After": str(max(1, math.ceil(self.retry_after_s)))}
         return {"x-should-retry": "false"} if self.status >= 500 or self.status == 409 else {}
 
+    def content(self) -> bytes:
+        return json.dumps(self.body()).encode()
+
     def response(self) -> web.Response:
         return web.json_response(self.body(), status=self.status, headers=self.headers())
 
     def event(self) -> bytes:
         """The same as the end of a server-sent event stream whose 200 has gone out already."""
-        return b"data: " + json.dumps(self.body()).encode() + b"\n\ndata: [DONE]\n\n"
+        return b"data: " + self.content() + b"\n\ndata: [DONE]\n\n"
+
+
+def error_content(error: ApiError) -> tuple[list[tuple[bytes, bytes, bytes]], bytes]:
+    """An error as the relay writes it: fields (lower-case name, name, value), and the JSON body."""
+    named = {"Content-Type": "application/json; charset=utf-8", **error.headers()}
+    return [(name.lower().encode(), name.encode(), value.encode()) for name, value in named.items()], error.content()
 
 
 def refused(refusal: Refuse) -> ApiError:

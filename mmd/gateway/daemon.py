@@ -18,6 +18,7 @@ from mmd.gateway.lesson_book import LessonBook
 from mmd.gateway.lifecycle import Lifecycle
 from mmd.gateway.memory import Memory
 from mmd.gateway.openai import OpenAiApi
+from mmd.gateway.relay.inference import Inference
 from mmd.gateway.server import Server
 from mmd.gateway.snapshot import Snapshot
 from mmd.gpu import GpuProvider, open_provider
@@ -60,6 +61,7 @@ class Daemon:
         self._book = LessonBook(state_dir / "lessons.sqlite")
         self.dispatcher = Dispatcher(lifecycle, systemd, self._book)
         self._gauges = Gauges(lambda name: self.dispatcher.scheduler.state.stand(name), self.dispatcher.post)
+        self.inference = Inference(self.dispatcher)
         self.snapshot = Snapshot(self.dispatcher, self._memory, self._gauges, scope=scope.kind)
 
     async def start(self) -> None:
@@ -72,18 +74,18 @@ class Daemon:
         await self._serve()
 
     async def _serve(self) -> None:
-        inference = OpenAiApi(self.dispatcher)
+        api = OpenAiApi(self.dispatcher)
         admin = AdminApi(self.dispatcher, self.snapshot, self.reload)
         over_tcp = [_read_only(route, self.dispatcher) for route in admin.routes()]
         routes = {
-            "mmd-api": inference.routes(),
-            "mmd-admin": [*inference.routes(), *admin.routes()],
-            "mmd-admin-tcp": [*inference.routes(), *over_tcp],
+            "mmd-api": api.routes(),
+            "mmd-admin": [*api.routes(), *admin.routes()],
+            "mmd-admin-tcp": [*api.routes(), *over_tcp],
         }
         for name, found in routes.items():
             sockets = [listening.socket for listening in self._sockets if listening.name == name]
             if sockets:
-                self._servers.append(Server(found, sockets))
+                self._servers.append(Server(self.inference, found, sockets))
         for server in self._servers:
             await server.start()
 

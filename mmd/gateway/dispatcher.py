@@ -41,23 +41,38 @@ __all__ = ["Dispatcher", "Ticket"]
 
 _log = logging.getLogger(__name__)
 
+# By how much an idle timer may be late: it is seconds at least.
+_ARM_S = 0.05
+
 
 class Ticket:
-    """One request's place with the scheduler: waiting, admitted to an instance, or over. Use it as a context manager.
+    """One request's place with the scheduler: waiting, admitted to an instance, or over. Close it, or use it in a `with`.
 
-    Leaving the block gives the place back, in whatever state it is: a client that goes away while it waits costs nothing.
+    Closing gives the place back, in whatever state it is: a client that goes away while it waits costs nothing.
     """
 
-    __slots__ = ("_admission", "_dispatcher", "model", "request")
+    __slots__ = ("_admission", "_dispatcher", "model", "request", "unit")
 
-    def __init__(self, dispatcher: "Dispatcher", request: int, model: Model, admission: "asyncio.Future[UnitName]") -> None:
+    def __init__(
+        self,
+        dispatcher: "Dispatcher",
+        request: int,
+        model: Model,
+        *,
+        unit: UnitName | None = None,
+        admission: "asyncio.Future[UnitName] | None" = None,
+    ) -> None:
         self._dispatcher = dispatcher
         self._admission = admission
         self.request = request
         self.model = model
+        self.unit = unit
+        """The instance that it was admitted to at once; None: wait for `admitted`."""
 
     async def admitted(self, timeout_s: float | None = None) -> UnitName | None:
         """The instance to forward to, None when `timeout_s` passed first; ApiError when the request is turned away."""
+        if self._admission is None:
+            return self.unit
         if not self._admission.done():
             await asyncio.wait((self._admission,), timeout=timeout_s)
         return self._admission.result() if self._admission.done() else None
@@ -66,11 +81,14 @@ class Ticket:
         """Nobody listened at the instance: wait for another admission."""
         self._admission = self._dispatcher.readmit(self.request)
 
+    def close(self) -> None:
+        self._dispatcher.give_back(self.request, self._admission)
+
     def __enter__(self) -> "Ticket":
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._dispatcher.give_back(self.request, self._admission)
+        self.close()
 
 
 class Dispatcher:
@@ -87,6 +105,8 @@ class Dispatcher:
         self._admissions: dict[int, asyncio.Future[UnitName]] = {}
         self._tasks: set[asyncio.Task[None]] = set()
         self._timer: asyncio.TimerHandle | None = None
+        self._arming = False
+        self._closed = False
         self._changed: asyncio.Future[None] = self._loop.create_future()
         self._unread: dict[UnitName, UnitState] = {}
         self._reading: set[UnitName] = set()
@@ -111,10 +131,14 @@ class Dispatcher:
     def request(self, model: Model, *, operator: bool = False) -> Ticket:
         """Ask for an instance of `model`."""
         request = next(self._requests)
+        unit = None if operator else self.scheduler.admit_at_once(request, model.name, self._loop.time())
+        if unit is not None:
+            self._arm_soon()
+            return Ticket(self, request, model, unit=unit)
         admission: asyncio.Future[UnitName] = self._loop.create_future()
         self._admissions[request] = admission
         self.post(Arrived(request, model.name, operator))
-        return Ticket(self, request, model, admission)
+        return Ticket(self, request, model, admission=admission)
 
     def readmit(self, request: int) -> "asyncio.Future[UnitName]":
         admission: asyncio.Future[UnitName] = self._loop.create_future()
@@ -122,13 +146,19 @@ class Dispatcher:
         self.post(Unreachable(request))
         return admission
 
-    def give_back(self, request: int, admission: "asyncio.Future[UnitName]") -> None:
-        """End a request in whatever state it is; turned away ones have ended already."""
-        self._admissions.pop(request, None)
-        if not admission.done():
-            admission.cancel()
-            self.post(Cancelled(request))
-        elif not admission.cancelled() and admission.exception() is None:
+    def give_back(self, request: int, admission: "asyncio.Future[UnitName] | None") -> None:
+        """End a request in whatever state it is; turned away ones have ended already. No `admission`: let in at once."""
+        if admission is not None:
+            self._admissions.pop(request, None)
+            if not admission.done():
+                admission.cancel()
+                self.post(Cancelled(request))
+                return
+            if admission.cancelled() or admission.exception() is not None:
+                return
+        if self.scheduler.finish_at_once(request, self._loop.time()):
+            self._arm_soon()
+        else:
             self.post(Finished(request))
 
     def _perform(self, action: Action) -> None:
@@ -184,6 +214,17 @@ class Dispatcher:
             self._timer.cancel()
         at = self.scheduler.deadline(now)
         self._timer = None if at is None else self._loop.call_at(at + 0.001, self.post, Tick())
+
+    def _arm_soon(self) -> None:
+        """As `_arm`, for what at most moves a distant deadline: thousands of requests a second share one look at it."""
+        if not self._arming:
+            self._arming = True
+            self._loop.call_later(_ARM_S, self._arm_now)
+
+    def _arm_now(self) -> None:
+        self._arming = False
+        if not self._closed:
+            self._arm(self._loop.time())
 
     def unit_changed(self, state: UnitState) -> None:
         """systemd reported a change: read what it means and tell the scheduler. The latest state of a unit wins."""
@@ -254,6 +295,7 @@ class Dispatcher:
 
     async def close(self) -> None:
         """Stop looking after units; they go on running, and the next gateway adopts them."""
+        self._closed = True
         if self._timer is not None:
             self._timer.cancel()
         for task in self._tasks:

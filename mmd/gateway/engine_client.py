@@ -1,4 +1,4 @@
-"""HTTP to the engines: one pool of connections per instance, over its Unix socket or its loopback port."""
+"""HTTP to the engines: for each endpoint a client of its control API, and the relay's connections."""
 
 import asyncio
 import json
@@ -8,10 +8,11 @@ import aiohttp
 
 from mmd.engines.base import HttpCall
 from mmd.errors import MmdError
+from mmd.gateway.relay.engine import EngineConnections
 
 __all__ = ["EngineClient", "EngineError", "EnginePool"]
 
-# uvicorn closes an idle connection after 5 s (engines.md); ours must be the first to let go, or a request meets a dead one.
+# As the relay's connections (mmd.gateway.relay.engine).
 _KEEPALIVE_S = 4.0
 _CONNECT_TIMEOUT_S = 5.0
 
@@ -21,7 +22,7 @@ class EngineError(MmdError):
 
 
 class EngineClient:
-    """Connections to one endpoint: `unix:/path` or `http://host:port`."""
+    """The control API at one endpoint: `unix:/path` or `http://host:port`."""
 
     def __init__(self, endpoint: str) -> None:
         self.endpoint = endpoint
@@ -32,16 +33,9 @@ class EngineClient:
         else:
             connector = aiohttp.TCPConnector(limit=0, keepalive_timeout=_KEEPALIVE_S)
             self._base = endpoint.rstrip("/")
-        # No limit on the whole: an answer takes as long as it takes; its client and the engine's watchdog end it.
+        # No limit on the whole: each call has its own.
         timeout = aiohttp.ClientTimeout(total=None, sock_connect=_CONNECT_TIMEOUT_S)
-        self._session = aiohttp.ClientSession(connector=connector, timeout=timeout, auto_decompress=False)
-
-    def request(self, method: str, path: str, *, headers: Mapping[str, str], body: bytes) -> "_Answer":
-        """An engine's answer as a context manager; its body is streamed."""
-        skip = ("User-Agent", "Accept-Encoding", "Accept")
-        return self._session.request(
-            method, self._base + path, headers=headers, data=body, skip_auto_headers=skip, allow_redirects=False
-        )
+        self._session = aiohttp.ClientSession(connector=connector, timeout=timeout)
 
     async def call(self, call: HttpCall) -> Mapping[str, object]:
         """Carry out a control call; EngineError for anything but a 200 in time."""
@@ -67,14 +61,12 @@ class EngineClient:
         await self._session.close()
 
 
-_Answer = aiohttp.client._RequestContextManager
-
-
 class EnginePool:
-    """The clients of all endpoints in use."""
+    """Everything that is open to the endpoints in use."""
 
     def __init__(self) -> None:
         self._clients: dict[str, EngineClient] = {}
+        self._connections: dict[str, EngineConnections] = {}
 
     def client(self, endpoint: str) -> EngineClient:
         client = self._clients.get(endpoint)
@@ -82,12 +74,22 @@ class EnginePool:
             client = self._clients[endpoint] = EngineClient(endpoint)
         return client
 
+    def connections(self, endpoint: str) -> EngineConnections:
+        """The relay's."""
+        connections = self._connections.get(endpoint)
+        if connections is None:
+            connections = self._connections[endpoint] = EngineConnections(endpoint)
+        return connections
+
     async def forget(self, endpoint: str) -> None:
         """Close the idle connections to an endpoint whose engine is gone."""
+        connections = self._connections.pop(endpoint, None)
+        if connections is not None:
+            connections.close()
         client = self._clients.pop(endpoint, None)
         if client is not None:
             await client.close()
 
     async def close(self) -> None:
-        for endpoint in list(self._clients):
+        for endpoint in {*self._clients, *self._connections}:
             await self.forget(endpoint)

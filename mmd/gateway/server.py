@@ -12,7 +12,12 @@ from collections.abc import Iterable
 
 from aiohttp import web
 
-from mmd.gateway.api_error import Handler, error_middleware
+from mmd.gateway.api_error import error_middleware
+from mmd.gateway.relay.application import ApplicationExchange
+from mmd.gateway.relay.client import ClientConnection
+from mmd.gateway.relay.exchange import Exchange
+from mmd.gateway.relay.head import RequestHead
+from mmd.gateway.relay.inference import Inference, InferenceExchange
 
 __all__ = ["BACKLOG", "Server"]
 
@@ -22,60 +27,74 @@ _log = logging.getLogger(__name__)
 BACKLOG = 1024
 _GRACE_S = 0.5
 _POLL_S = 0.02
+_CHECK_S = 1.0
 
 
 class Server:
-    """Some routes on some listening sockets."""
+    """Inference by the relay, and some routes of an application, on some listening sockets."""
 
-    def __init__(self, routes: Iterable[web.AbstractRouteDef], sockets: Iterable[socket.socket]) -> None:
+    def __init__(self, inference: Inference, routes: Iterable[web.AbstractRouteDef], sockets: Iterable[socket.socket]) -> None:
+        self.connections: set[ClientConnection] = set()
+        self.leaving = False
+        self._inference = inference
+        self._inference_paths = inference.paths
         self._sockets = tuple(sockets)
-        self._leaving = False
-        self._requests = 0
-        app = web.Application(middlewares=[self._count, error_middleware])
+        self._loop = asyncio.get_running_loop()
+        app = web.Application(middlewares=[error_middleware])
         app.add_routes(routes)
-        app.on_response_prepare.append(self._say_goodbye)
-        # handler_cancellation: a client that goes away cancels its handler, and with it the request to the engine.
-        # shutdown_timeout: we have waited already, in `drain`.
+        # handler_cancellation: a client that goes away cancels its handler. shutdown_timeout: `drain` has waited already.
         self._runner = web.AppRunner(
             app, handle_signals=False, handler_cancellation=True, access_log=None, shutdown_timeout=_GRACE_S
         )
-        self._sites: list[web.SockSite] = []
+        self.application: web.Server | None = None
+        self._listeners: list[asyncio.Server] = []
+        self._checker: asyncio.TimerHandle | None = None
 
     async def start(self) -> None:
         await self._runner.setup()
+        self.application = self._runner.server
         for listening in self._sockets:
-            site = web.SockSite(self._runner, listening, backlog=BACKLOG)
-            await site.start()
-            self._sites.append(site)
+            make = self._loop.create_unix_server if listening.family == socket.AF_UNIX else self._loop.create_server
+            self._listeners.append(await make(self._connect, sock=listening, backlog=BACKLOG))
+        self._check()
+
+    def _connect(self) -> ClientConnection:
+        return ClientConnection(self, self._loop)
+
+    def exchange(self, client: ClientConnection, request: RequestHead, length: int | None) -> Exchange:
+        """Who answers this request: the relay itself, or the application."""
+        if request.path in self._inference_paths:
+            return InferenceExchange(client, request, length, self._inference)
+        assert self.application is not None
+        return ApplicationExchange(client, request, length, self.application)
+
+    def _check(self) -> None:
+        """Look for silent clients; one timer for all of them costs less than one each."""
+        now = self._loop.time()
+        for connection in tuple(self.connections):
+            connection.check(now)
+        self._checker = self._loop.call_later(_CHECK_S, self._check)
 
     async def stop_accepting(self) -> None:
         """From now on new connections wait for the next gateway."""
-        self._leaving = True
-        for site in self._sites:
-            await site.stop()
+        self.leaving = True
+        for listener in self._listeners:
+            listener.close()
 
     async def drain(self, timeout_s: float) -> None:
         """Finish what was accepted, for `timeout_s` at most, then close every connection."""
-        loop = asyncio.get_running_loop()
-        begun = loop.time()
-        while (waited := loop.time() - begun) < timeout_s:
-            server = self._runner.server
-            idle = server is None or not server.connections
-            if not self._requests and (idle or waited >= _GRACE_S):
+        begun = self._loop.time()
+        while (waited := self._loop.time() - begun) < timeout_s:
+            if not self._busy() and (not self.connections or waited >= _GRACE_S):
                 break
             await asyncio.sleep(_POLL_S)
-        if self._requests:
-            _log.warning("%d requests are cut off after gateway.drain_timeout", self._requests)
+        if busy := self._busy():
+            _log.warning("%d requests are cut off after gateway.drain_timeout", busy)
+        if self._checker is not None:
+            self._checker.cancel()
+        for connection in tuple(self.connections):
+            connection.abort() if connection.busy else connection.close()
         await self._runner.cleanup()
 
-    @web.middleware
-    async def _count(self, request: web.Request, handler: Handler) -> web.StreamResponse:
-        self._requests += 1
-        try:
-            return await handler(request)
-        finally:
-            self._requests -= 1
-
-    async def _say_goodbye(self, _: web.Request, response: web.StreamResponse) -> None:
-        if self._leaving:
-            response.force_close()
+    def _busy(self) -> int:
+        return sum(connection.busy for connection in self.connections)

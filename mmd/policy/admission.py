@@ -1,11 +1,12 @@
 """Requests: who is let through, who waits, who is turned away, and with which words."""
 
+import math
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 
 from mmd.config import Model
-from mmd.names import CPU, is_slice
+from mmd.names import CPU, UnitName, is_slice
 from mmd.policy.actions import Action, Admit, Refusal, Refuse
 from mmd.policy.events import Arrived, Phase
 from mmd.policy.instance import Instance, Waiter
@@ -13,7 +14,24 @@ from mmd.policy.ledger import RAM, Amounts, Key, awake_amounts, minus, shortfall
 from mmd.policy.state import State
 from mmd.quantity import human_duration, human_size
 
-__all__ = ["Misfit", "admit", "arrive", "drop", "expire", "lacking", "misfit_of", "refuse_all", "requeue"]
+__all__ = [
+    "Misfit",
+    "admit",
+    "admit_at_once",
+    "arrive",
+    "drop",
+    "expire",
+    "finish",
+    "finish_at_once",
+    "lacking",
+    "misfit_of",
+    "refuse_all",
+    "requeue",
+    "target_in_flight",
+]
+
+# Requests per instance, where nothing says it: engines that batch gain little beyond.
+_TARGET_IN_FLIGHT = 16
 
 # Retry-After when the queue is full or the wait was too long: about one swap.
 _RETRY_S = 10.0
@@ -31,6 +49,65 @@ def arrive(state: State, event: Arrived, now: float) -> list[Action]:
         state.traffic_of(model.name).count(now)
     _enqueue(state, Waiter(event.request, model.name, now, event.operator))
     return []
+
+
+def admit_at_once(state: State, request: int, name: str, now: float) -> UnitName | None:
+    """Let a request through to an instance of its model without queueing; None when none takes it, or something is going on.
+
+    One pass, whether anything is going on and `_least_loaded` in one: it runs for every request.
+    """
+    model = state.config.models.get(name)
+    if model is None or state.queues or state.claims or state.preload:
+        return None
+    limit = model.concurrency or math.inf
+    best: Instance | None = None
+    load: float = 0
+    up = busy = 0
+    for instance in state.instances.values():
+        if instance.release is not None or instance.stale_since is not None:
+            return None
+        if instance.unit.id == model.id and instance.usable:
+            here = len(instance.in_flight)
+            up, busy = up + 1, busy + here
+            if here < limit and (best is None or (here, instance.unit) < (load, best.unit)):
+                best, load = instance, here
+    crowded = model.replicas.max > 1 and busy + 1 >= up * target_in_flight(model)
+    if best is None or crowded:
+        return None
+    state.traffic_of(name).count(now)
+    _let_in(state, request, best, now)
+    return best.unit
+
+
+def finish_at_once(state: State, request: int, now: float) -> bool:
+    """End an admitted request; False when something is going on that its end may bear upon."""
+    if state.queues or state.claims or state.preload or state.crowded:
+        return False
+    for instance in state.instances.values():
+        if instance.release is not None or instance.stale_since is not None:
+            return False
+    finish(state, request, now)
+    return True
+
+
+def target_in_flight(model: Model) -> int:
+    """How many requests each of its instances should have at most, in flight or waiting, while there may be more instances."""
+    return model.replicas.target_in_flight or model.concurrency or _TARGET_IN_FLIGHT
+
+
+def finish(state: State, request: int, now: float) -> None:
+    """Take an admitted request off its instance."""
+    unit = state.admitted.pop(request, None)
+    instance = state.instances.get(unit) if unit is not None else None
+    if instance is not None:
+        instance.in_flight.discard(request)
+        instance.last_activity = now
+
+
+def _let_in(state: State, request: int, instance: Instance, now: float) -> None:
+    state.admitted[request] = instance.unit
+    instance.in_flight.add(request)
+    instance.last_activity = now
 
 
 def _hopeless(state: State, model: Model, event: Arrived, now: float) -> Refuse | None:
@@ -157,9 +234,7 @@ def admit(state: State, now: float) -> list[Action]:
                 break
             waiter = state.queues[name][0]
             drop(state, waiter.request)
-            state.admitted[waiter.request] = instance.unit
-            instance.in_flight.add(waiter.request)
-            instance.last_activity = now
+            _let_in(state, waiter.request, instance, now)
             actions.append(Admit(waiter.request, instance.unit))
     return actions
 

@@ -10,16 +10,13 @@ from collections.abc import Iterator
 
 from mmd.config import Model
 from mmd.policy.activation import not_before, promise
-from mmd.policy.admission import misfit_of
+from mmd.policy.admission import misfit_of, target_in_flight
 from mmd.policy.events import Phase
 from mmd.policy.instance import Failures, Instance
 from mmd.policy.placing import plan, plan_beside
 from mmd.policy.state import State
 
 __all__ = ["deadlines", "make_claims", "standing", "watch"]
-
-# Requests per instance, where neither replicas.target_in_flight nor concurrency says it: engines that batch gain little beyond.
-_TARGET_IN_FLIGHT = 16
 
 # A crowd must have lasted for as long as another instance takes to come up, or this: shorter ones are over before it helps.
 _PATIENCE_S = 10.0
@@ -50,9 +47,8 @@ def _crowded(state: State, model: Model) -> bool:
     up = _up(state, model)
     if not 0 < len(up) < model.replicas.max:
         return False
-    target = model.replicas.target_in_flight or model.concurrency or _TARGET_IN_FLIGHT
     load = sum(len(instance.in_flight) for instance in up) + len(state.queues.get(model.name, ()))
-    return load >= target * len(up)
+    return load >= target_in_flight(model) * len(up)
 
 
 def _patience_s(state: State, model: Model) -> float:

@@ -6,7 +6,7 @@ stays so until a new event or the passing of time.
 
 from mmd.names import UnitName
 from mmd.policy import activation, admission, learning, replicas
-from mmd.policy.actions import Action, Refusal, Refuse, Sleep, Start, Stop, Wake
+from mmd.policy.actions import Action, Admit, Refusal, Refuse, Sleep, Start, Stop, Wake
 from mmd.policy.events import (
     Arrived,
     Cancelled,
@@ -54,9 +54,24 @@ class Scheduler:
 
     def handle(self, event: Event, now: float) -> list[Action]:
         """The actions that `event`, at monotonic time `now` in seconds, leads to."""
-        actions = self._learn(event, now)
-        quiet = isinstance(event, Finished) and self.state.quiet()  # the end of most requests changes no decision
-        return actions if quiet else actions + self._settle(now)
+        if isinstance(event, Finished) and self.finish_at_once(event.request, now):
+            return []
+        if isinstance(event, Arrived) and not event.operator:
+            unit = self.admit_at_once(event.request, event.model, now)
+            if unit is not None:
+                return [Admit(event.request, unit)]
+        return self._learn(event, now) + self._settle(now)
+
+    def admit_at_once(self, request: int, model: str, now: float) -> UnitName | None:
+        """Most requests find their model ready and nobody waiting: the instance for this one, which changes no other decision.
+
+        None: nothing has changed, and the scheduler is to handle it as an `Arrived`.
+        """
+        return admission.admit_at_once(self.state, request, model, now)
+
+    def finish_at_once(self, request: int, now: float) -> bool:
+        """The end of most requests changes no decision either. False: nothing has changed, handle it as a `Finished`."""
+        return admission.finish_at_once(self.state, request, now)
 
     def deadline(self, now: float) -> float | None:
         """When to come back with a Tick although nothing else happened; None: never."""
@@ -92,7 +107,7 @@ class Scheduler:
             case Cancelled(request):
                 admission.drop(self.state, request)
             case Finished(request):
-                self._finish(request, now)
+                admission.finish(self.state, request, now)
             case Unreachable(request):
                 return self._unreachable(request, now)
             case Observed(unit):
@@ -132,19 +147,12 @@ class Scheduler:
         message = f"{instance.model.name} was stopped by an operator while it was loading"
         return admission.refuse_all(self.state, instance.model.name, Refusal.STOPPED, message, retry_after_s=None)
 
-    def _finish(self, request: int, now: float) -> None:
-        unit = self.state.admitted.pop(request, None)
-        instance = self.state.instances.get(unit) if unit else None
-        if instance is not None:
-            instance.in_flight.discard(request)
-            instance.last_activity = now
-
     def _unreachable(self, request: int, now: float) -> list[Action]:
         """Requests never bypass the queue: the request waits again, and its silent instance is stopped first."""
         unit = self.state.admitted.get(request)
         if unit is None:
             return []
-        self._finish(request, now)
+        admission.finish(self.state, request, now)
         model = self.state.model_of(unit)
         if model is None:
             message = f"{unit} does not answer, and its model has been removed from the configuration"

@@ -1,0 +1,319 @@
+"""A client's connection: requests in, one after the other, each with its answer before the next is looked at."""
+
+import asyncio
+from collections.abc import Callable
+from typing import Final, Protocol, cast
+
+from mmd.gateway.api_error import ApiError
+from mmd.gateway.relay.exchange import Exchange, error_lines
+from mmd.gateway.relay.framing import Body, Chunked, Length
+from mmd.gateway.relay.head import KnownHeads, MalformedError, RequestHead, RequestParser
+
+__all__ = ["ClientConnection", "Host"]
+
+# Bytes that a client may send ahead of the answer under way. More stay in the kernel.
+_AHEAD_MAX_BYTES: Final = 64 << 10
+
+# As nginx: between requests, and between two pieces of one.
+_IDLE_S: Final = 75.0
+_PIECE_S: Final = 60.0
+
+# A client that takes nothing of its answer for this long holds an engine for nobody.
+_STALLED_S: Final = 300.0
+
+# How long a client that still sends may go on doing so after its answer: closing at once would make the kernel answer with a
+# reset, which may overtake the answer (RFC 9112, 9.6).
+_LINGER_S: Final = 2.0
+
+_known: Final[KnownHeads[RequestHead]] = KnownHeads()
+
+
+def _discard(_: bytes) -> None:
+    """Where bytes go after the connection is gone."""
+
+
+class Host(Protocol):
+    """Whose connection it is."""
+
+    leaving: bool
+    connections: set["ClientConnection"]
+
+    def exchange(self, client: "ClientConnection", request: RequestHead, length: int | None) -> Exchange:
+        """Who answers this request."""
+
+
+class ClientConnection(asyncio.Protocol):
+    __slots__ = (
+        "_ahead",
+        "_body",
+        "_closing",
+        "_exchange",
+        "_full",
+        "_host",
+        "_loop",
+        "_parser",
+        "_paused",
+        "_since",
+        "_tunnel",
+        "close_after",
+        "stalled",
+        "transport",
+        "write",
+    )
+
+    def __init__(self, host: Host, loop: asyncio.AbstractEventLoop) -> None:
+        self._host = host
+        self._loop = loop
+        self._since = loop.time()
+        self._parser: RequestParser | None = None
+        self._body: Body | None = None
+        """The request's body, while it is being read."""
+        self._exchange: Exchange | None = None
+        self._ahead = b""
+        self.stalled = False
+        """It does not read what we send."""
+        self._full = False
+        """The upstream does not keep up with its body."""
+        self._paused = False
+        self._closing = False
+        self._tunnel = False
+        self.close_after = False
+        """The connection ends with the present answer."""
+        self.transport: asyncio.Transport | None = None
+        self.write: Callable[[bytes], None] = _discard
+
+    @property
+    def busy(self) -> bool:
+        """Whether a request is in hand."""
+        return self._exchange is not None
+
+    # What asyncio calls.
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self.transport = cast("asyncio.Transport", transport)  # uvloop's is none by its class
+        self.write = self.transport.write
+        self._host.connections.add(self)
+
+    def connection_lost(self, _: Exception | None) -> None:
+        self.transport = None
+        self.write = _discard
+        self._host.connections.discard(self)
+        self._gone()
+
+    def eof_received(self) -> None:
+        """A client that closes its side has gone: hardly any half-close, and those that leave do just this."""
+        self._gone()
+
+    def data_received(self, data: bytes) -> None:
+        if self._exchange is None:
+            if not (self._parser or self._ahead or self.stalled or self._closing):
+                found = _known.find(data)
+                if found is not None:
+                    request, length, end = found
+                    if length and len(data) - end == length:  # a whole request with a head that was seen before: most are
+                        self.close_after = not request.keep_alive
+                        self._exchange = exchange = self._host.exchange(self, request, length)
+                        exchange.whole(data[end:])
+                        return
+            self._read(data)
+        elif self._tunnel:
+            self._exchange.tunnel(data)
+        elif self._body is not None:
+            self._read(data)
+        else:
+            self._ahead += data
+            self._regulate()
+
+    def pause_writing(self) -> None:
+        self.stalled = True
+        self._since = self._loop.time()
+        if self._exchange is not None:
+            self._exchange.hold()
+
+    def resume_writing(self) -> None:
+        self.stalled = False
+        if self._exchange is not None:
+            self._exchange.go_on()
+        else:
+            self._read_ahead()
+
+    # Reading.
+
+    def _read(self, data: bytes) -> None:
+        try:
+            while data and not self._closing:
+                if self._body is not None:
+                    data = self._read_body(self._body, data)
+                elif self._exchange is not None or self.stalled:
+                    self._ahead = data
+                    self._regulate()
+                    return
+                else:
+                    data = self._read_head(data)
+        except MalformedError as error:
+            self._refuse(ApiError(error.status, f"this is not HTTP as it is spoken here: {error}", code="bad_http"))
+
+    def _read_head(self, data: bytes) -> bytes:
+        parser = self._parser
+        if parser is None:
+            self._since = self._loop.time()
+            found = _known.find(data)
+            if found is not None:
+                head, length, end = found
+                return self._begin(head, length, data[end:])
+            parser = self._parser = RequestParser()
+            end_or_not = parser.parse(data)
+            if end_or_not is not None:
+                _known.learn(parser.head, data[:end_or_not])
+        else:
+            end_or_not = parser.parse(data)
+        if end_or_not is None:
+            return b""
+        self._parser = None
+        return self._begin(parser.head, parser.head.length, data[end_or_not:])
+
+    def _begin(self, request: RequestHead, length: int | None, data: bytes) -> bytes:
+        """A request has begun, and `data` follows its head; what of it remains to be read."""
+        self.close_after = not request.keep_alive
+        exchange = self._exchange = self._host.exchange(self, request, length)
+        if length and len(data) >= length:
+            exchange.whole(data[:length])
+            return data[length:]
+        if request.chunked:
+            self._body = Chunked()
+        elif length:
+            self._body = Length(length)
+        exchange.begin()
+        if exchange.over:
+            return data
+        if self._body is None:
+            exchange.end()
+        elif request.continues and not data:
+            self.write(b"HTTP/1.1 100 Continue\r\n\r\n")
+        return data
+
+    def _read_body(self, body: Body, data: bytes) -> bytes:
+        exchange = self._exchange
+        assert exchange is not None
+        piece, rest = body.feed(data)
+        if piece:
+            exchange.feed(piece)
+            if exchange.over:
+                return b""
+        if rest is None:
+            self._since = self._loop.time()
+            return b""
+        self._body = None
+        exchange.end()
+        return rest
+
+    def _read_ahead(self) -> None:
+        data, self._ahead = self._ahead, b""
+        self._regulate()
+        if data:
+            self._read(data)
+
+    def _refuse(self, error: ApiError) -> None:
+        """Answer what is no request; nothing after it can be trusted."""
+        exchange = self._exchange
+        if exchange is not None:
+            self.close_after = True
+            exchange.fail(error)
+            return
+        self.close_after = True
+        lines, framing, content = error_lines(error)
+        self.write(self.head(lines, framing) + content)
+        self._close(linger=True)
+
+    # What exchanges call.
+
+    def head(self, lines: bytes, framing: bytes) -> bytes:
+        """The head of an answer: its lines, and what concerns this connection."""
+        if self.close_after or self._host.leaving or self._body is not None:
+            self.close_after = True
+            return b"%b%bConnection: close\r\n\r\n" % (lines, framing)
+        if self._exchange is not None and self._exchange.request.version == "1.0":
+            return b"%b%bConnection: keep-alive\r\n\r\n" % (lines, framing)
+        return b"%b%b\r\n" % (lines, framing)
+
+    def answered(self, exchange: Exchange) -> None:
+        """The exchange is over."""
+        if self._exchange is not exchange:
+            return
+        self._exchange = None
+        self._since = self._loop.time()
+        if self.transport is None or self._closing:
+            return
+        if self.close_after or self._body is not None:
+            self._close(linger=self._body is not None or bool(self._ahead))
+        elif self._ahead and not self.stalled:
+            self._read_ahead()
+
+    def switched(self) -> None:
+        """After a 101: bytes go to the exchange as they come."""
+        self._tunnel = True
+        if self._ahead and self._exchange is not None:
+            data, self._ahead = self._ahead, b""
+            self._exchange.tunnel(data)
+
+    def hold_body(self, *, full: bool) -> None:
+        """Whether the upstream has enough of the request's body for the moment."""
+        self._full = full
+        self._regulate()
+
+    def abort(self) -> None:
+        """End the connection so that nobody takes the answer for complete."""
+        self._closing = True
+        if self.transport is not None:
+            self.transport.abort()
+
+    # The rest.
+
+    def _regulate(self) -> None:
+        pause = self._full or len(self._ahead) > _AHEAD_MAX_BYTES
+        if pause is self._paused or self.transport is None or self.transport.is_closing():
+            return
+        self._paused = pause
+        if pause:
+            self.transport.pause_reading()
+        else:
+            self.transport.resume_reading()
+
+    def _gone(self) -> None:
+        self._closing = True
+        exchange = self._exchange
+        if exchange is not None:
+            exchange.lost()
+
+    def _close(self, *, linger: bool) -> None:
+        self._closing = True
+        self._parser, self._body, self._ahead = None, None, b""
+        if self.transport is None:
+            return
+        if linger:
+            self._full = False
+            self._regulate()
+            if not self.transport.is_closing():
+                self.transport.write_eof()
+            self._loop.call_later(_LINGER_S, self.close)
+        else:
+            self.transport.close()
+
+    def close(self) -> None:
+        """End an idle connection."""
+        self._closing = True
+        if self.transport is not None:
+            self.transport.close()
+
+    def check(self, now: float) -> None:
+        """End the connection if the client has been silent for too long. What waits for an answer waits."""
+        silent_s = now - self._since
+        if self.stalled and silent_s > _STALLED_S:
+            self.abort()
+        if self._closing or self._tunnel or self._full or self._ahead:
+            return
+        if self._parser is not None or self._body is not None:
+            if silent_s > _PIECE_S:
+                self._refuse(ApiError(408, "the request did not come in time", code="request_timeout"))
+        elif self._exchange is None and silent_s > _IDLE_S:
+            self.close()

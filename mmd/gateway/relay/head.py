@@ -1,0 +1,379 @@
+"""Heads of HTTP/1 messages: parsed by llhttp without any of its leniencies, and once more than that picky about framing.
+
+llhttp (httptools) refuses by itself: duplicate, signed, empty or overflowing Content-Length, Content-Length together with
+Transfer-Encoding, folded lines, bare CR or LF, white space before a colon, control characters and NUL. It lets through, and
+this module refuses: any Transfer-Encoding but exactly `chunked`, one in HTTP/1.0, versions other than 1.0 and 1.1, a request
+without its one Host, CONNECT, fragments in the target, and absurd lengths. tests/unit/test_relay_head.py holds each of them.
+
+The parser sees heads only. Where a head ends is found twice, by us (CR LF CR LF) and by llhttp, and both must agree.
+
+A head is a pure function of its bytes, and clients and engines send the same ones again and again: `KnownHeads` remembers what
+came out, with the digits of Content-Length cut out of the key. That saves a third of what a request costs.
+"""
+
+from collections.abc import Iterable
+from functools import cached_property
+from typing import Final, Generic, TypeVar
+
+import httptools
+
+from mmd.errors import MmdError
+
+__all__ = [
+    "HEAD_MAX_BYTES",
+    "KnownHeads",
+    "MalformedError",
+    "RequestHead",
+    "RequestParser",
+    "ResponseHead",
+    "ResponseParser",
+    "head_lines",
+]
+
+HEAD_MAX_BYTES: Final = 32 << 10
+_LENGTH_MAX: Final = 1 << 50
+"""A petabyte: nobody means more than that."""
+
+_END: Final = b"\r\n\r\n"
+_LENGTH_FIELD: Final = b"\r\ncontent-length: "
+_LENGTH_MARK: Final = b"ength: "
+_LENGTH_DIGITS: Final = 15
+
+# Heads that are remembered, and their size: 256 KiB in all, with what they were parsed to about a MiB.
+_KNOWN_MAX: Final = 128
+_KNOWN_BYTES: Final = 2048
+_METHODS = frozenset((b"GET", b"HEAD", b"POST", b"PUT", b"PATCH", b"DELETE", b"OPTIONS"))
+
+# Hop-by-hop (RFC 9110, 7.6.1), and what whoever writes the head sets anew.
+_HOP_BY_HOP = frozenset(
+    (
+        b"connection",
+        b"keep-alive",
+        b"proxy-authenticate",
+        b"proxy-authorization",
+        b"proxy-connection",
+        b"te",
+        b"trailer",
+        b"transfer-encoding",
+        b"upgrade",
+        b"content-length",
+    )
+)
+_OWN = _HOP_BY_HOP | {b"host", b"expect"}
+
+
+class MalformedError(MmdError):
+    """A message that has no one meaning; `status` is what a client is told."""
+
+    def __init__(self, message: str, *, status: int = 400) -> None:
+        super().__init__(message)
+        self.status = status
+
+
+class _Head:
+    """What requests and responses have in common. `fields`: lower-case name, name, value; hop-by-hop and framing left out."""
+
+    def __init__(self) -> None:
+        self.fields: list[tuple[bytes, bytes, bytes]] = []
+        self.length: int | None = None
+        self.chunked = False
+        self.keep_alive = True
+        self.version = ""
+        self.tokens: tuple[bytes, ...] = ()
+        """Of Connection, in lower case."""
+        self.upgrade = b""
+
+    def field(self, name: bytes) -> bytes:
+        """The first value of a field by its lower-case name; b"" without one."""
+        return next((value for lower, _, value in self.fields if lower == name), b"")
+
+    def _framing(self, lower: bytes, value: bytes) -> None:
+        """Take in a field that says where the message ends or what the connection is for."""
+        if lower == b"content-length":
+            self.length = int(value)  # llhttp has seen digits only
+            if self.length > _LENGTH_MAX:
+                raise MalformedError("Content-Length is absurd")
+        elif lower == b"transfer-encoding":
+            if value.strip().lower() != b"chunked":
+                raise MalformedError("the only transfer coding understood is chunked", status=501)
+            self.chunked = True
+        elif lower == b"connection":
+            self.tokens += tuple(token.strip().lower() for token in value.split(b","))
+        elif lower == b"upgrade":
+            self.upgrade = value.strip().lower()
+
+    def _settle(self, version: str) -> None:
+        if version not in ("1.1", "1.0"):
+            raise MalformedError(f"HTTP/{version} is not spoken here", status=505)
+        self.version = version
+        if version == "1.0":
+            self.keep_alive = b"keep-alive" in self.tokens
+            if self.chunked:
+                raise MalformedError("HTTP/1.0 knows no Transfer-Encoding")
+        if self.tokens:
+            self.keep_alive = self.keep_alive and b"close" not in self.tokens
+            # Connection may name more fields that are for us only (RFC 9110, 7.6.1).
+            self.fields = [field for field in self.fields if field[0] not in self.tokens]
+
+
+# Credentials for us are none of the engine's business, and what it compresses we could not count.
+_NOT_TO_ENGINE = frozenset((b"authorization", b"cookie", b"accept-encoding"))
+
+
+class RequestHead(_Head):
+    def __init__(self) -> None:
+        super().__init__()
+        self.method = b""
+        self.target = b""
+        self.path = b""
+        """The target without its query."""
+        self.host: bytes | None = None
+        self.continues = False
+        """The client waits for `100 Continue` before it sends the body."""
+
+    @cached_property
+    def engine_lines(self) -> bytes:
+        """The fields that an engine gets."""
+        return b"".join(b"%b: %b\r\n" % (name, value) for lower, name, value in self.fields if lower not in _NOT_TO_ENGINE)
+
+    @property
+    def websocket(self) -> bool:
+        """Whether it asks to become a WebSocket. Any other Upgrade is ignored, which RFC 9110, 7.8 allows."""
+        return (
+            self.upgrade == b"websocket"
+            and b"upgrade" in self.tokens
+            and self.method == b"GET"
+            and self.version == "1.1"
+            and self.length is None
+            and not self.chunked
+        )
+
+    def take(self, name: bytes, value: bytes) -> None:
+        lower = name.lower()
+        if lower not in _OWN:
+            self.fields.append((lower, name, value))
+        elif lower == b"host":
+            if self.host is not None:
+                raise MalformedError("more than one Host")
+            self.host = value
+        elif lower == b"expect":
+            if value.lower() != b"100-continue":
+                raise MalformedError("the only expectation understood is 100-continue", status=417)
+            self.continues = True
+        else:
+            self._framing(lower, value)
+
+    def settle(self, method: bytes, version: str) -> None:
+        """Judge the whole."""
+        self._settle(version)
+        if method not in _METHODS:
+            raise MalformedError("the method is not served here", status=501)
+        self.method = method
+        if self.host is None:
+            if version == "1.1":
+                raise MalformedError("no Host")
+            self.host = b"localhost"
+        if self.target[:1] != b"/":
+            self._origin_form()
+        if b"#" in self.target:
+            raise MalformedError("a target has no fragment")
+        self.path = self.target.partition(b"?")[0]
+        self.continues = self.continues and version == "1.1"
+
+    def _origin_form(self) -> None:
+        """Absolute targets are legal (RFC 9112, 3.2.2), and name the host as well."""
+        scheme, found, rest = self.target.partition(b"://")
+        if found and scheme.lower() in (b"http", b"https"):
+            authority, _, path = rest.partition(b"/")
+            self.host, self.target = authority, b"/" + path
+        elif self.target != b"*" or self.method != b"OPTIONS":
+            raise MalformedError("the target is no path")
+
+
+class ResponseHead(_Head):
+    def __init__(self) -> None:
+        super().__init__()
+        self.status = 0
+        self.reason = b""
+
+    def take(self, name: bytes, value: bytes) -> None:
+        lower = name.lower()
+        if lower in _HOP_BY_HOP:
+            self._framing(lower, value)
+        else:
+            self.fields.append((lower, name, value))
+
+    def settle(self, status: int, version: str) -> None:
+        self._settle(version)
+        self.status = status
+        if not self.reason.isascii() or not self.reason.decode().isprintable():
+            self.reason = b""
+
+    @cached_property
+    def bodiless(self) -> bool:
+        return self.status < 200 or self.status in (204, 304)
+
+    @cached_property
+    def dated(self) -> bool:
+        return any(lower == b"date" for lower, _, _ in self.fields)
+
+    @cached_property
+    def lines(self) -> bytes:
+        """What a client gets of it, but for framing and Connection."""
+        return head_lines(self.status, self.reason, self.fields)
+
+
+def head_lines(status: int, reason: bytes, fields: Iterable[tuple[bytes, bytes, bytes]]) -> bytes:
+    """The start of an answer's head. Which server there is behind us is nobody's business."""
+    lines = [b"%b: %b\r\n" % (name, value) for lower, name, value in fields if lower != b"server"]
+    return b"HTTP/1.1 %d %b\r\n" % (status, reason) + b"".join(lines)
+
+
+_H = TypeVar("_H", RequestHead, ResponseHead)
+
+
+class KnownHeads(Generic[_H]):
+    """Heads that have been parsed before, by their bytes without the digits of Content-Length.
+
+    Other digits do not change what any other byte of a head means, so that what llhttp accepted once it would accept again. The
+    key is cut behind the first `ength: ` in it, so that it tells where the digits were.
+    """
+
+    def __init__(self) -> None:
+        self._heads: dict[bytes, _H] = {}
+        self._last: tuple[bytes, bytes, _H] | None = None
+        """Of the head found last: what comes before the digits, what comes behind them, and what it means."""
+
+    def find(self, data: bytes) -> tuple[_H, int | None, int] | None:
+        """The head that `data` begins with, its Content-Length, and where it ends."""
+        if self._last is not None:
+            before, behind, head = self._last
+            if data.startswith(before):
+                at = len(before)
+                stop = data.find(b"\r", at, at + _LENGTH_DIGITS + 1)
+                if stop > at and data.startswith(behind, stop) and (digits := data[at:stop]).isdigit():
+                    return head, int(digits), stop + len(behind)
+        return self._find(data)
+
+    def _find(self, data: bytes) -> tuple[_H, int | None, int] | None:
+        end = data.find(_END) + 4
+        at = data.find(_LENGTH_MARK, 0, end) + 7
+        if at < 7:
+            whole = self._heads.get(data[:end])
+            return None if whole is None else (whole, whole.length, end)
+        stop = data.find(b"\r", at, end)
+        head = self._heads.get(data[:at] + data[stop:end])
+        digits = data[at:stop]
+        if head is None or not digits.isdigit() or len(digits) > _LENGTH_DIGITS:
+            return None
+        self._last = data[:at], data[stop:end], head
+        return head, int(digits), end
+
+    def learn(self, head: _H, data: bytes) -> None:
+        """Remember the head that `data`, all of it and nothing more, was parsed to."""
+        if len(data) > _KNOWN_BYTES:
+            return
+        at = data.find(_LENGTH_MARK) + 7
+        if at >= 7:
+            stop = data.find(b"\r", at)
+            if data[at - len(_LENGTH_FIELD) : at].lower() != _LENGTH_FIELD or not data[at:stop].isdigit():
+                return
+            data = data[:at] + data[stop:]
+        if len(self._heads) >= _KNOWN_MAX:
+            self._heads.clear()
+        self._heads[data] = head
+
+
+class _Parser:
+    """Feeds one head to llhttp, piece by piece, and nothing that follows it."""
+
+    __slots__ = ("_done", "_last", "_parser", "_size")
+
+    _parser: "httptools.HttpRequestParser | httptools.HttpResponseParser"
+
+    def __init__(self) -> None:
+        self._done = False
+        self._last = b""
+        self._size = 0
+
+    def feed(self, data: bytes) -> int | None:
+        """How many bytes of `data` belong to the head, None while there must come more; MalformedError."""
+        last = self._last
+        if not last:
+            found = data.find(_END)
+            end = found + 4 if found >= 0 else -1
+        else:
+            found = (last + data[:3]).find(_END)
+            if found >= 0:
+                end = found + 4 - len(last)
+            else:
+                found = data.find(_END)
+                end = found + 4 if found >= 0 else -1
+        self._size += len(data) if end < 0 else end
+        if self._size > HEAD_MAX_BYTES:
+            raise MalformedError(f"the head is larger than {HEAD_MAX_BYTES >> 10} KiB", status=431)
+        try:
+            self._parser.feed_data(data if end < 0 or end == len(data) else data[:end])
+        except httptools.HttpParserUpgrade:
+            pass  # what follows the head is not llhttp's to see anyway
+        except httptools.HttpParserCallbackError as error:
+            if isinstance(error.__context__, MalformedError):
+                raise error.__context__ from None
+            raise
+        except httptools.HttpParserError as error:
+            raise MalformedError(str(error) or "not HTTP") from None
+        if self._done is not (end >= 0):
+            raise MalformedError("the head does not end where its lines do")
+        if end < 0:
+            self._last = (last + data)[-3:]
+            return None
+        return end
+
+    def on_headers_complete(self) -> None:
+        self._done = True
+
+
+class RequestParser(_Parser):
+    """One request's head."""
+
+    __slots__ = ("head", "on_header")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.head = RequestHead()
+        self.on_header = self.head.take
+        self._parser: httptools.HttpRequestParser = httptools.HttpRequestParser(self)
+
+    def on_url(self, url: bytes) -> None:
+        self.head.target += url
+
+    def parse(self, data: bytes) -> int | None:
+        """As `feed`; once it returns a number, `head` is complete."""
+        end = self.feed(data)
+        if end is not None:
+            self.head.settle(self._parser.get_method(), self._parser.get_http_version())
+            del self._parser  # it knows our methods: a cycle for the garbage collector
+        return end
+
+
+class ResponseParser(_Parser):
+    """One response's head."""
+
+    __slots__ = ("head", "on_header")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.head = ResponseHead()
+        self.on_header = self.head.take
+        self._parser: httptools.HttpResponseParser = httptools.HttpResponseParser(self)
+
+    def on_status(self, reason: bytes) -> None:
+        self.head.reason += reason
+
+    def parse(self, data: bytes) -> int | None:
+        """As `feed`; once it returns a number, `head` is complete."""
+        end = self.feed(data)
+        if end is not None:
+            self.head.settle(self._parser.get_status_code(), self._parser.get_http_version())
+            del self._parser
+        return end

@@ -1,0 +1,309 @@
+"""Inference requests: routed by the model in the body, each for itself, whatever its connection asked for before.
+
+A request whose model is ready and for which a connection is warm goes to the engine in the call stack that received it. All
+others get a task that waits for admission and connects.
+"""
+
+import asyncio
+import logging
+from typing import TYPE_CHECKING
+
+from mmd.config import EngineKind, Model
+from mmd.gateway.api_error import ApiError
+from mmd.gateway.dispatcher import Dispatcher, Ticket
+from mmd.gateway.relay.counters import USAGE_TAIL_BYTES, Counters
+from mmd.gateway.relay.engine import EngineConnection, EngineConnections, EngineGoneError
+from mmd.gateway.relay.exchange import Exchange, date_line
+from mmd.gateway.relay.framing import chunk, last_chunk
+from mmd.gateway.relay.head import RequestHead, ResponseHead, head_lines
+from mmd.gateway.relay.routing import INFERENCE_PATHS, find_model
+from mmd.gateway.snapshot import model_state
+from mmd.names import UnitName
+from mmd.quantity import format_size
+
+if TYPE_CHECKING:
+    from mmd.gateway.relay.client import ClientConnection
+
+__all__ = ["Inference", "InferenceExchange"]
+
+_log = logging.getLogger(__name__)
+
+# Beyond this, head and body are not copied together for the sake of one write.
+_JOIN_MAX_BYTES = 64 << 10
+
+# Of an error that comes after a stream has begun: it becomes an event.
+_ERROR_MAX_BYTES = 64 << 10
+
+_EVENTS = b"text/event-stream"
+_SHORT_BYTES = 64
+
+
+class Inference:
+    """What all inference requests share."""
+
+    def __init__(self, dispatcher: Dispatcher) -> None:
+        self.dispatcher = dispatcher
+        self.counters: dict[str, Counters] = {}
+        """By model name."""
+        self.loop = asyncio.get_running_loop()
+        self.paths = frozenset(path.encode() for path in INFERENCE_PATHS)
+
+
+class InferenceExchange(Exchange):
+    """One inference request."""
+
+    _pieces: list[bytes] | None = None
+    _body_size: int = 0
+    _model: Model | None = None
+    _stream: bool = False
+    _request: bytes = b""
+    """The body as the engine gets it."""
+    _begun: float = 0.0
+    _ticket: Ticket | None = None
+    _task: asyncio.Task[None] | None = None
+    _connections: EngineConnections | None = None
+    _retried: bool = False
+    _events: bool = False
+    """The client gets an event stream, in which an error can be told at any time."""
+    _error: bytearray | None = None
+    """The engine's error, while it is collected to become an event."""
+    _sent: int = 0
+    _before: bytes = b""
+    _tail: bytes = b""
+
+    def __init__(self, client: "ClientConnection", request: RequestHead, length: int | None, shared: Inference) -> None:
+        self.client = client  # as Exchange.__init__, which would be one more call for every request
+        self.request = request
+        self.length = length
+        self._shared = shared
+
+    # The request.
+
+    def begin(self) -> None:
+        if self.request.method != b"POST":
+            path = self.request.path.decode()
+            message = f"{path} does not take {self.request.method.decode()}"
+            self.fail(ApiError(405, message, code="method_not_allowed"))
+        elif self.length and self.length > self._limit():
+            self.fail(self._too_large())
+
+    def _limit(self) -> int:
+        return self._shared.dispatcher.scheduler.state.config.gateway.max_body_bytes
+
+    def _too_large(self) -> ApiError:
+        message = f"the body is larger than {format_size(self._limit())} (gateway.max_body)"
+        return ApiError(413, message, code="body_too_large")
+
+    def feed(self, piece: bytes) -> None:
+        size = self._body_size = self._body_size + len(piece)
+        if self._pieces is None:
+            self._pieces = [piece]
+        else:
+            self._pieces.append(piece)
+        if size > self._limit():
+            self.fail(self._too_large())
+
+    def end(self) -> None:
+        body, self._pieces = b"".join(self._pieces or ()), None
+        self.whole(body)
+
+    def whole(self, body: bytes) -> None:
+        """Forward: at once where possible, else in a task."""
+        dispatcher = self._shared.dispatcher
+        config = dispatcher.scheduler.state.config
+        if self.request.method != b"POST" or len(body) > config.gateway.max_body_bytes:
+            self.begin()
+            return
+        try:
+            model, self._stream, self._request = find_model(body, config)
+        except ApiError as error:
+            self.fail(error)
+            return
+        self._model = model
+        self._begun = self._shared.loop.time()
+        if model.engine is EngineKind.EXTERNAL:
+            endpoint = model.endpoint
+        else:
+            self._ticket = ticket = dispatcher.request(model)
+            endpoint = dispatcher.lifecycle.endpoint(ticket.unit) if ticket.unit is not None else None
+        if endpoint is not None:
+            self._connections = connections = dispatcher.lifecycle.engines.connections(endpoint)
+            connection = connections.take()
+            if connection is not None:
+                self._send(connections, connection)
+                return
+        self._spawn(again=False)
+
+    def _send(self, connections: EngineConnections, connection: EngineConnection) -> None:
+        request, body = self.request, self._request
+        head = b"POST %b%b HTTP/1.1\r\nHost: %b\r\n%bContent-Length: %d\r\n\r\n" % (
+            connections.prefix,
+            request.target,
+            connections.host,
+            request.engine_lines,
+            len(body),
+        )
+        self.upstream = connection
+        connection.exchange = self
+        if self.client.stalled:
+            connection.hold()
+        if len(body) <= _JOIN_MAX_BYTES:
+            connection.write(head + body)
+        else:
+            connection.write(head)
+            connection.write(body)
+
+    # Waiting, in a task.
+
+    def _spawn(self, *, again: bool) -> None:
+        self._task = self._shared.loop.create_task(self._guard(again=again))
+
+    async def _guard(self, *, again: bool) -> None:
+        """The boundary of the task: a failure is answered."""
+        try:
+            await (self._reconnect() if again else self._pursue())
+        except ApiError as error:
+            self.fail(error)
+        except Exception:
+            _log.exception("a request for %s failed", self._model.name if self._model else "no model")
+            self.fail(ApiError(500, "internal error; see journalctl -u mmd-gateway", code="internal_error"))
+
+    async def _pursue(self) -> None:
+        """Reach the engine; once more, restarted, if nobody listens at the first."""
+        model = self._model
+        assert model is not None
+        if self._ticket is None:
+            await self._external(model)
+            return
+        gone = ""
+        for attempt in range(2 if model.restart_on_connection_failure else 1):
+            if attempt:
+                self._ticket.unreachable()
+            unit = await self._admission(model, self._ticket)
+            lifecycle = self._shared.dispatcher.lifecycle
+            endpoint = lifecycle.endpoint(unit)
+            if endpoint is None:
+                gone = "its runner has left no report"
+                continue
+            try:
+                await self._connect(lifecycle.engines.connections(endpoint))
+            except EngineGoneError as error:
+                gone = str(error)
+                _log.warning("%s: nobody answers: %s", unit, gone)
+            else:
+                return
+        message = f"{model.name}: nobody answers at its engine: {gone}"
+        raise ApiError(502, message, code="engine_unreachable", retry_after_s=1)
+
+    async def _external(self, model: Model) -> None:
+        assert self._connections is not None
+        try:
+            await self._connect(self._connections)
+        except EngineGoneError as error:
+            message = f"{model.name}: nobody answers at {model.endpoint} ({error})"
+            raise ApiError(502, message, code="engine_unreachable", retry_after_s=5) from error
+
+    async def _connect(self, connections: EngineConnections) -> None:
+        self._connections = connections
+        self._send(connections, connections.take() or await connections.open())
+
+    async def _admission(self, model: Model, ticket: Ticket) -> UnitName:
+        """Wait for an instance. A client that asked for a stream gets its head, and comments, after a while."""
+        dispatcher = self._shared.dispatcher
+        patience_s = dispatcher.config.gateway.loading_keepalive_s if self._stream else None
+        while (unit := await ticket.admitted(patience_s)) is None:
+            self._comment(f"{model.name} is {model_state(dispatcher.scheduler.state, model)}")
+        return unit
+
+    async def _reconnect(self) -> None:
+        """The warm connection had died, as it may at any time between requests: take a fresh one."""
+        assert self._connections is not None
+        try:
+            connection = await self._connections.open()
+        except EngineGoneError as error:
+            message = f"the engine broke the connection: {error}"
+            raise ApiError(502, message, code="engine_failed", retry_after_s=1) from error
+        self._send(self._connections, connection)
+
+    def _comment(self, text: str) -> None:
+        """Send an SSE comment, which clients skip (html.spec.whatwg.org, server-sent events)."""
+        head = b""
+        if not self.started:
+            self.started = self._events = True
+            self.status = 200
+            fields = [(b"content-type", b"Content-Type", _EVENTS), (b"cache-control", b"Cache-Control", b"no-cache")]
+            head = self.client.head(head_lines(200, b"OK", fields) + date_line(), self._framing(None))
+        comment = f": {text}\n\n".encode()
+        self.client.write(head + (chunk(comment) if self._chunked else comment))
+
+    # The answer.
+
+    def head_for(self, head: ResponseHead, length: int | None) -> bytes:
+        if not self.started:
+            # Where a length is promised, nothing can be added.
+            self._events = length is None and head.field(b"content-type")[: len(_EVENTS)].lower() == _EVENTS
+            return super().head_for(head, length)
+        if head.status != 200:
+            self._error, self._withheld = bytearray(), True
+        return b""
+
+    def content(self, piece: bytes) -> bytes:
+        if self._error is not None:
+            self._error += piece[: _ERROR_MAX_BYTES - len(self._error)]
+            return b""
+        self._note(piece)
+        return piece
+
+    def _note(self, piece: bytes) -> None:
+        """Keep the end of the answer, bounded: it may tell how many tokens there were."""
+        size = len(piece)
+        self._sent += size
+        if size < _SHORT_BYTES:  # such as `[DONE]`
+            self._tail = self._tail[-USAGE_TAIL_BYTES:] + piece
+        else:
+            self._before = self._tail
+            self._tail = piece if size < USAGE_TAIL_BYTES else piece[-USAGE_TAIL_BYTES:]
+
+    def unanswered(self, error: Exception | None) -> None:
+        connection = self.upstream
+        untouched = self._parser is None and not self._retried
+        if untouched and isinstance(connection, EngineConnection) and connection.reused:
+            self._retried, self.upstream = True, None
+            self._spawn(again=True)
+        else:
+            super().unanswered(error)
+
+    def fail(self, error: ApiError) -> None:
+        """As an event where the stream allows it, so that it ends as a stream should."""
+        if not (self.started and self._events) or self.over:
+            super().fail(error)
+            return
+        self.status = error.status
+        event = error.event()
+        self.client.write(chunk(event) + last_chunk if self._chunked else event)
+        self._finish(aborted=True)
+
+    def _complete(self, out: bytes, *, in_step: bool) -> None:
+        if self._error is None:
+            super()._complete(out, in_step=in_step)
+            return
+        text = self._error.decode("utf-8", "replace").strip()
+        self.fail(ApiError(self.status, f"the engine answered {self.status}: {text}", code="engine_error"))
+
+    def closed(self) -> None:
+        model, task = self._model, self._task
+        if task is not None and not task.done() and task is not asyncio.current_task():
+            task.cancel()
+        if self._ticket is not None:
+            self._ticket.close()
+        if model is None:
+            return
+        shared = self._shared
+        counters = shared.counters.get(model.name)
+        if counters is None:
+            counters = shared.counters[model.name] = Counters()
+        counters.count(self.status, len(self._request), self._sent, self._before + self._tail)
+        if shared.dispatcher.scheduler.state.config.gateway.request_log:
+            elapsed_s = shared.loop.time() - self._begun
+            method, path = self.request.method.decode(), self.request.path.decode()
+            _log.info("%s %s %s %d %.3f s", method, path, model.name, self.status, elapsed_s)
