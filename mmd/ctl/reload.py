@@ -69,8 +69,8 @@ def _sockets(context: Context) -> dict[str, _Socket]:
 def _reload_gateway(context: Context) -> list[str]:
     """Makes a running gateway read its configuration, and says what that changed.
 
-    Through the admin API, which answers when it is done, with what changed. `systemctl reload` does the same by a signal, which
-    has no answer: that is for a gateway whose admin socket cannot be reached."""
+    Through the admin API, which answers when it is done, with what changed. `systemctl reload` has a fresh process
+    read it, and no answer: that is for a gateway whose admin socket cannot be reached."""
     if not _is_active(context):
         return ["mmd-gateway is not running; it reads the configuration when it starts"]
     try:

@@ -3,7 +3,8 @@
 import asyncio
 import logging
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 from aiohttp import web
@@ -14,16 +15,18 @@ from mmd.gateway.admin import AdminApi
 from mmd.gateway.api_error import ApiError
 from mmd.gateway.dispatcher import Dispatcher
 from mmd.gateway.gauges import Gauges, host_ram_bytes
+from mmd.gateway.handover import Predecessor
 from mmd.gateway.lesson_book import LessonBook
 from mmd.gateway.lifecycle import Lifecycle
 from mmd.gateway.memory import Memory
 from mmd.gateway.openai import OpenAiApi
 from mmd.gateway.relay.inference import Inference
+from mmd.gateway.relief import Guests, relieve
 from mmd.gateway.server import Server
 from mmd.gateway.snapshot import Snapshot
 from mmd.gpu import GpuProvider, open_provider
 from mmd.load import Loaded, load
-from mmd.policy.events import Sampled
+from mmd.policy.events import Paused, Sampled
 from mmd.scope import Scope
 from mmd.systemd.activation import ListenSocket
 from mmd.systemd.client import Systemd
@@ -62,18 +65,33 @@ class Daemon:
         self.dispatcher = Dispatcher(lifecycle, systemd, self._book)
         self._gauges = Gauges(lambda name: self.dispatcher.scheduler.state.stand(name), self.dispatcher.post)
         self.inference = Inference(self.dispatcher)
+        self._guests = Guests(self.dispatcher, self._servers)
         self.snapshot = Snapshot(self.dispatcher, self._memory, self._gauges, scope=scope.kind)
 
-    async def start(self) -> None:
-        """Read the configuration, adopt what runs, then accept requests."""
-        self._use(load(self._scope))
+    async def start(self, predecessor: Predecessor | None = None) -> None:
+        """Read the configuration, adopt what runs, then accept requests: at once, or when `predecessor` hands over.
+
+        MmdError when it is to take over with a configuration that has problems.
+        """
+        loaded = load(self._scope)
+        if predecessor is not None:
+            if loaded.problems:
+                raise MmdError(f"the configuration has problems: {loaded.problems[0]}", hint="mmdctl check")
+            self._guests.welcome(predecessor)
+            self.dispatcher.post(Paused(True))
+        self._use(loaded)
         await self.dispatcher.adopt()
         self._background = [asyncio.create_task(work) for work in (self._memory.watch(), self._watch_systemd())]
         self._gauges.use(self.dispatcher.config)
         await self._memory.first(_FIRST_SAMPLE_S)
-        await self._serve()
+        self._make_servers()
+        if predecessor is not None:
+            predecessor.prepared()
+            await self._guests.take_over(predecessor, await predecessor.taken)
+        for server in self._servers:
+            await server.start()
 
-    async def _serve(self) -> None:
+    def _make_servers(self) -> None:
         api = OpenAiApi(self.dispatcher)
         admin = AdminApi(self.dispatcher, self.snapshot, self.reload)
         over_tcp = [_read_only(route, self.dispatcher) for route in admin.routes()]
@@ -85,9 +103,7 @@ class Daemon:
         for name, found in routes.items():
             sockets = [listening.socket for listening in self._sockets if listening.name == name]
             if sockets:
-                self._servers.append(Server(self.inference, found, sockets))
-        for server in self._servers:
-            await server.start()
+                self._servers.append(Server(name, self.inference, found, sockets))
 
     def _use(self, loaded: Loaded) -> None:
         for problem in loaded.problems:
@@ -149,12 +165,19 @@ class Daemon:
             await self._measure()
             await self._resynchronise()
 
+    async def hand_over(self, command: Sequence[str], announce: Callable[[int], None]) -> bool:
+        """Let a fresh gateway go on, see mmd.gateway.relief; True when this one has nothing left to do."""
+        return await relieve(command, self._sockets, self.dispatcher, self._servers, self._guests, announce)
+
     async def stop(self) -> None:
         """Accept nothing more, finish what was accepted, leave the models running."""
         for server in self._servers:
             await server.stop_accepting()
         timeout_s = self.dispatcher.config.gateway.drain_timeout_s
         await asyncio.gather(*(server.drain(timeout_s) for server in self._servers))
+        with suppress(TimeoutError):  # systemd ends what is left of the unit after us, those that we have relieved as well
+            async with asyncio.timeout(timeout_s):
+                await self._guests.none.wait()
         for task in self._background:
             task.cancel()
         await asyncio.gather(*self._background, return_exceptions=True)

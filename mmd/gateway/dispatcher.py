@@ -12,20 +12,22 @@ from typing import Any
 
 from mmd.config import Config, Model
 from mmd.errors import MmdError
-from mmd.gateway.api_error import refused
+from mmd.gateway.api_error import ApiError, refused
 from mmd.gateway.lesson_book import LessonBook
 from mmd.gateway.lifecycle import Lifecycle
 from mmd.gateway.outcome import Outcome, held_bytes
 from mmd.names import UnitName
-from mmd.policy.actions import Action, Admit, Refuse, Start, UnitAction, Wake
+from mmd.policy.actions import Action, Admit, Refuse, Sleep, Start, UnitAction, Wake
 from mmd.policy.events import (
     Arrived,
     Cancelled,
     Done,
     Event,
     Finished,
+    Inherited,
     Measured,
     Observed,
+    Paused,
     Phase,
     Reconfigured,
     Reset,
@@ -38,6 +40,8 @@ from mmd.systemd.client import Systemd
 from mmd.systemd.unit import UnitState
 
 __all__ = ["Dispatcher", "Ticket"]
+
+_PAUSE_POLL_S = 0.1
 
 _log = logging.getLogger(__name__)
 
@@ -69,6 +73,10 @@ class Ticket:
         self.unit = unit
         """The instance that it was admitted to at once; None: wait for `admitted`."""
 
+    @property
+    def waiting(self) -> bool:
+        return self._admission is not None and not self._admission.done()
+
     async def admitted(self, timeout_s: float | None = None) -> UnitName | None:
         """The instance to forward to, None when `timeout_s` passed first; ApiError when the request is turned away."""
         if self._admission is None:
@@ -95,6 +103,8 @@ class Dispatcher:
     def __init__(self, lifecycle: Lifecycle, systemd: Systemd, book: LessonBook) -> None:
         self.scheduler = Scheduler()
         self.lifecycle = lifecycle
+        self.retired = False
+        """Another gateway decides."""
         self.outcomes: dict[UnitName, Outcome] = {}
         """The last finished action on each unit."""
         self._systemd = systemd
@@ -139,6 +149,37 @@ class Dispatcher:
         self._admissions[request] = admission
         self.post(Arrived(request, model.name, operator))
         return Ticket(self, request, model, admission=admission)
+
+    def inherit(self, unit: UnitName, count: int, idle_s: float | None) -> list[int]:
+        """Reckon with `count` requests that another process serves at a unit; each is over when it is given to `forgo`."""
+        requests = [next(self._requests) for _ in range(count)]
+        self.post(Inherited(unit, tuple(requests), idle_s))
+        return requests
+
+    def forgo(self, request: int) -> None:
+        self.post(Finished(request))
+
+    async def pause(self) -> None:
+        """Begin nothing more, and wait until no engine is on its way to sleep or awake: half-way nobody could take it over.
+
+        Units that systemd is starting or stopping are no matter: whoever comes next sees them do so.
+        """
+        self.post(Paused(True))
+        while any(isinstance(instance.pending, Sleep | Wake) for instance in self.scheduler.state.instances.values()):
+            await self.next_change(_PAUSE_POLL_S)
+
+    def resume(self) -> None:
+        self.post(Paused(False))
+
+    def retire(self) -> None:
+        """Somebody else decides, for good: whoever still waits for a decision of ours is told so."""
+        self.retired = True
+        message = "the gateway has been replaced meanwhile; ask again"
+        for admission in self._admissions.values():
+            if not admission.done():
+                admission.set_exception(ApiError(503, message, code="gateway_replaced", retry_after_s=1))
+                admission.exception()  # nobody may be looking
+        self._announce()
 
     def readmit(self, request: int) -> "asyncio.Future[UnitName]":
         admission: asyncio.Future[UnitName] = self._loop.create_future()

@@ -3,7 +3,7 @@
 import asyncio
 import logging
 import time
-from collections.abc import Callable, Set
+from collections.abc import Callable, Mapping, Set
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -69,6 +69,7 @@ class Lifecycle:
         self._scope = scope
         self._systemd = systemd
         self._memory = memory
+        self._state_file = state_file
         self._sleepers = Sleepers(state_file)
         self._model_of = model_of
         self._known: dict[UnitName, _Known] = {}
@@ -200,6 +201,14 @@ class Lifecycle:
         if state is not None:
             self._known[unit] = _Known(state.invocation_id, level)
             self._sleepers.note(unit, state.invocation_id, level)
+
+    def inherit(self, levels: Mapping[UnitName, int]) -> None:
+        """Believe the gateway before us which engines sleep, and how deep: since we looked that may have changed unseen."""
+        self._sleepers = Sleepers(self._state_file)
+        for unit, level in levels.items():
+            state = self.units.get(unit)
+            if state is not None:
+                self._known[unit] = _Known(state.invocation_id, level)
 
     async def _start(self, unit: UnitName) -> str:
         """Start a unit; why it did not become ready, or "". A failed unit is reset first, or its start limit refuses."""

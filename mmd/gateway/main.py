@@ -6,8 +6,9 @@ import gc
 import logging
 import os
 import signal
+import socket
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -23,6 +24,7 @@ from mmd.systemd.unit import Event
 
 if TYPE_CHECKING:
     from mmd.gateway.daemon import Daemon
+    from mmd.gateway.handover import Predecessor
 
 __all__ = ["main"]
 
@@ -40,11 +42,14 @@ class _JournalFormatter(logging.Formatter):
         return "\n".join(prefix + line for line in super().format(record).splitlines())
 
 
-async def _run(scope: Scope, sockets: tuple[ListenSocket, ...], notifier: Notifier) -> None:
+async def _run(scope: Scope, take_over: int | None, notifier: Notifier) -> None:
     loop = asyncio.get_running_loop()
-    stopped = asyncio.Event()
-    reloads: set[asyncio.Task[None]] = set()
-    daemon = await _start(scope, sockets)
+    over = asyncio.Event()
+    tasks: set[asyncio.Task[None]] = set()
+    predecessor = None if take_over is None else _predecessor(take_over)
+    sockets = listen_sockets(os.environ) if predecessor is None else await predecessor.sockets
+    daemon = await _start(scope, sockets, predecessor)
+    watchdog = loop.create_task(_watchdog(notifier))
 
     async def reload() -> None:
         notifier.reloading()
@@ -55,19 +60,33 @@ async def _run(scope: Scope, sockets: tuple[ListenSocket, ...], notifier: Notifi
         finally:
             notifier.ready()
 
-    def on_hangup() -> None:
-        task = loop.create_task(reload())
-        reloads.add(task)
-        task.add_done_callback(reloads.discard)
+    async def upgrade() -> None:
+        def announce(pid: int) -> None:
+            notifier.main_process(pid)
+            watchdog.cancel()
+
+        notifier.reloading()
+        if await daemon.hand_over(_command(scope), announce):
+            over.set()
+        else:
+            notifier.ready()
+
+    def start(work: Callable[[], Coroutine[None, None, None]]) -> None:
+        if work is upgrade and tasks:
+            _log.warning("a reload or an upgrade is under way already")
+            return
+        task = loop.create_task(work())
+        tasks.add(task)
+        task.add_done_callback(tasks.discard)
 
     for number in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(number, stopped.set)
-    loop.add_signal_handler(signal.SIGHUP, on_hangup)
+        loop.add_signal_handler(number, over.set)
+    loop.add_signal_handler(signal.SIGHUP, start, reload)
+    loop.add_signal_handler(signal.SIGUSR2, start, upgrade)
     notifier.ready()
     notifier.status(f"{len(daemon.dispatcher.config.models)} models")
     _log.info("ready: %d models", len(daemon.dispatcher.config.models))
-    watchdog = loop.create_task(_watchdog(notifier))
-    await stopped.wait()
+    await over.wait()
     notifier.stopping()
     notifier.status("finishing requests")
     patience = loop.create_task(_keep_patient(notifier))
@@ -76,7 +95,18 @@ async def _run(scope: Scope, sockets: tuple[ListenSocket, ...], notifier: Notifi
     patience.cancel()
 
 
-async def _start(scope: Scope, sockets: tuple[ListenSocket, ...]) -> "Daemon":
+def _predecessor(end: int) -> "Predecessor":
+    from mmd.gateway.handover import Predecessor  # not imported for nothing: clients wait while a gateway starts
+
+    return Predecessor(socket.socket(fileno=end))
+
+
+def _command(scope: Scope) -> tuple[str, ...]:
+    """How this program is started, without what it was told the last time."""
+    return (sys.argv[0], *(("--user",) if scope.kind is ScopeKind.USER else ()))
+
+
+async def _start(scope: Scope, sockets: tuple[ListenSocket, ...], predecessor: "Predecessor | None") -> "Daemon":
     """A gateway that serves. Clients wait for it: the D-Bus worker comes up while the gateway's modules, aiohttp above all, are
     imported, which takes longest of all."""
     gc.disable()
@@ -95,7 +125,7 @@ async def _start(scope: Scope, sockets: tuple[ListenSocket, ...]) -> "Daemon":
     state_dir = Path(os.environ.get("STATE_DIRECTORY", scope.state_dir))
     daemon: Daemon = module.Daemon(scope, systemd, runtime_dir=runtime_dir, state_dir=state_dir, sockets=sockets)
     watchers.append(daemon.on_systemd)
-    await daemon.start()
+    await daemon.start(predecessor)
     gc.freeze()  # modules stay: no collection need look at them again
     gc.enable()
     return daemon
@@ -120,20 +150,20 @@ def main() -> None:
     """Serve on the sockets that systemd passes (sd_listen_fds(3)) until SIGTERM."""
     parser = argparse.ArgumentParser(prog="mmd-gateway", description="mmd's OpenAI-compatible gateway; started by its sockets.")
     parser.add_argument("--user", action="store_true", help="serve the caller's own instance (systemctl --user)")
+    parser.add_argument("--take-over", type=int, metavar="FD", help=argparse.SUPPRESS)  # a gateway's, for its successor
     arguments = parser.parse_args()
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(_JournalFormatter("%(message)s"))
     logging.basicConfig(level=logging.INFO, handlers=[handler])
     scope = Scope.user() if arguments.user else Scope.system()
-    sockets = listen_sockets(os.environ)
-    if not sockets:
+    if arguments.take_over is None and os.environ.get("LISTEN_PID") != str(os.getpid()):
         manager = "systemctl --user" if arguments.user else "systemctl"
         sys.exit(f"mmd-gateway: no listening sockets were passed: start it by {manager} start mmd-gateway.socket")
     # OpenSSL would read all certificates in one file while aiohttp is imported, 80 ms. In the directory beside it, it looks up
     # the one it needs when a connection needs one.
     os.environ.setdefault("SSL_CERT_FILE", os.devnull)
     try:
-        uvloop.run(_run(scope, sockets, Notifier()))
+        uvloop.run(_run(scope, arguments.take_over, Notifier()))
     except MmdError as error:
         sys.exit(f"mmd-gateway: {error}")
 

@@ -130,6 +130,11 @@ class Operations:
                 said = words
                 yield self._progress(model, words)
             await self._dispatcher.next_change(_GLANCE_S)
+            if self._dispatcher.retired:
+                yield self._end(
+                    model, "the gateway has been replaced meanwhile; mmdctl status tells what became of it", ok=False
+                )
+                return
         yield self._farewell(model, units, level, refused)
 
     def _gone(self, unit: UnitName) -> bool:

@@ -8,7 +8,7 @@ close`); those that were accepted but have not spoken yet get `_GRACE_S` to do s
 import asyncio
 import logging
 import socket
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 from aiohttp import web
 
@@ -19,7 +19,10 @@ from mmd.gateway.relay.exchange import Exchange
 from mmd.gateway.relay.head import RequestHead
 from mmd.gateway.relay.inference import Inference, InferenceExchange
 
-__all__ = ["BACKLOG", "Server"]
+__all__ = ["BACKLOG", "Heir", "Server"]
+
+Heir = Callable[[int, bytes, bool | None], None]
+"""Takes a connection: its descriptor, what was read of it, and whether the event stream that has begun on it is chunked."""
 
 _log = logging.getLogger(__name__)
 
@@ -33,9 +36,13 @@ _CHECK_S = 1.0
 class Server:
     """Inference by the relay, and some routes of an application, on some listening sockets."""
 
-    def __init__(self, inference: Inference, routes: Iterable[web.AbstractRouteDef], sockets: Iterable[socket.socket]) -> None:
+    def __init__(
+        self, name: str, inference: Inference, routes: Iterable[web.AbstractRouteDef], sockets: Iterable[socket.socket]
+    ) -> None:
+        self.name = name
         self.connections: set[ClientConnection] = set()
         self.leaving = False
+        self.heir: Heir | None = None
         self._inference = inference
         self._inference_paths = inference.paths
         self._sockets = tuple(sockets)
@@ -61,6 +68,26 @@ class Server:
     def _connect(self) -> ClientConnection:
         return ClientConnection(self, self._loop)
 
+    async def adopt(self, connection: socket.socket, read: bytes, chunked: bool | None) -> None:
+        """Go on with a connection that another process has accepted, see ClientConnection."""
+
+        def make() -> ClientConnection:
+            return ClientConnection(self, self._loop, read=read, chunked=chunked)
+
+        try:
+            await self._loop.connect_accepted_socket(make, connection)
+        except OSError as error:  # its client has gone meanwhile
+            _log.info("a connection could not be taken over: %s", error)
+            connection.close()
+
+    def hand_over(self, heir: "Heir") -> None:
+        """Accept nothing more, and send every connection to `heir` as soon as it waits for nothing here."""
+        self.heir = heir
+        for listener in self._listeners:
+            listener.close()
+        for connection in tuple(self.connections):
+            connection.leave()
+
     def exchange(self, client: ClientConnection, request: RequestHead, length: int | None) -> Exchange:
         """Who answers this request: the relay itself, or the application."""
         if request.path in self._inference_paths:
@@ -83,6 +110,7 @@ class Server:
 
     async def drain(self, timeout_s: float) -> None:
         """Finish what was accepted, for `timeout_s` at most, then close every connection."""
+        self.leaving, self.heir = True, None
         begun = self._loop.time()
         while (waited := self._loop.time() - begun) < timeout_s:
             if not self._busy() and (not self.connections or waited >= _GRACE_S):

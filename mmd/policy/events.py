@@ -17,8 +17,10 @@ __all__ = [
     "Finished",
     "Gauged",
     "GpuSample",
+    "Inherited",
     "Measured",
     "Observed",
+    "Paused",
     "Phase",
     "Reconfigured",
     "Release",
@@ -124,6 +126,24 @@ class Reset:
 
 
 @dataclass(frozen=True, slots=True)
+class Paused:
+    """Whether decisions are somebody else's for now: what happens is learned, and nothing is done."""
+
+    paused: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Inherited:
+    """What the gateway before this one knew of a unit, and the requests that it still serves there."""
+
+    unit: UnitName
+    requests: tuple[int, ...] = ()
+    """They end as all others do, by `Finished`."""
+    idle_s: float | None = None
+    """How long ago a request was last admitted or ended there."""
+
+
+@dataclass(frozen=True, slots=True)
 class GpuSample:
     """A GPU as the provider sees it; `used_bytes` None when it cannot be measured."""
 
@@ -184,8 +204,10 @@ Event = (
     | Done
     | Finished
     | Gauged
+    | Inherited
     | Measured
     | Observed
+    | Paused
     | Reconfigured
     | Release
     | Reset

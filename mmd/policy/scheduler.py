@@ -14,8 +14,10 @@ from mmd.policy.events import (
     Event,
     Finished,
     Gauged,
+    Inherited,
     Measured,
     Observed,
+    Paused,
     Phase,
     Reconfigured,
     Release,
@@ -81,12 +83,13 @@ class Scheduler:
         """Rounds of decisions until one changes nothing: what one decides may open what an earlier step looked at."""
         actions: list[Action] = []
         claims: object = None
-        while True:
+        while not self.state.paused:
             found = self._round(now)
             actions += found
             before, claims = claims, {name: (claim.unit, claim.victims) for name, claim in self.state.claims.items()}
             if not found and claims == before:
-                return actions
+                break
+        return actions
 
     def _round(self, now: float) -> list[Action]:
         state = self.state
@@ -118,6 +121,10 @@ class Scheduler:
                 return self._release(event)
             case Reset(model):
                 self._reset(model)
+            case Paused(paused):
+                self.state.paused = paused
+            case Inherited():
+                self._inherit(event, now)
             case Measured():
                 learning.learn_size(self.state, event)
             case Gauged(resource, free):
@@ -192,6 +199,15 @@ class Scheduler:
         if seen.phase in (Phase.READY, Phase.SLEEPING):
             instance.ready_since = began
         return instance
+
+    def _inherit(self, event: Inherited, now: float) -> None:
+        instance = self.state.instances.get(event.unit)
+        if instance is None:
+            return
+        instance.in_flight |= set(event.requests)
+        self.state.admitted |= dict.fromkeys(event.requests, event.unit)
+        if event.idle_s is not None:
+            instance.last_activity = now - event.idle_s
 
     def _done(self, event: Done, now: float) -> list[Action]:
         action, seen = event.action, event.observed

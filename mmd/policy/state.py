@@ -44,6 +44,8 @@ class State:
     """By model name: what was learned of its present definition."""
     retried: set[str] = field(default_factory=set)
     """Models whose last start ran out of memory and is tried once more."""
+    paused: bool = False
+    """Decisions are another gateway's for now."""
     preload: set[str] = field(default_factory=set)
     """Models that lack instances which are to stand by."""
     crowded: dict[str, float] = field(default_factory=dict)

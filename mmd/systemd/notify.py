@@ -57,6 +57,11 @@ class Notifier:
         now_usec = time.clock_gettime_ns(time.CLOCK_MONOTONIC) // 1000
         self._send(f"RELOADING=1\nMONOTONIC_USEC={now_usec}", timeout_s=_MUST_ARRIVE_TIMEOUT_S)
 
+    def main_process(self, pid: int) -> None:
+        """Another process is the service's main one from now on (MAINPID); of this one nothing is heard any more."""
+        self._send(f"MAINPID={pid}", timeout_s=_MUST_ARRIVE_TIMEOUT_S)
+        self.close()
+
     def stopping(self) -> None:
         """About to exit."""
         self._send("STOPPING=1", timeout_s=_MUST_ARRIVE_TIMEOUT_S)

@@ -93,7 +93,7 @@ put() {
         target=$directory/${file##*/}
         printf '%s\n' "$target" >>"$work/manifest"
         cmp -s "$file" "$target" && continue
-        [[ $target != */system/mmd-gateway.service ]] || touch "$work/gateway-changed"
+        [[ $target != */system/mmd-gateway.service ]] || touch "$work/gateway-unit-changed"
         install -m 0644 "$file" "$target"
     done
 }
@@ -169,13 +169,19 @@ start_sockets() {
     remark "${units[*]}"
 }
 
-# restart_gateway: only for new code, and only where it runs. Models go on; requests in flight are finished first; new ones wait.
-restart_gateway() {
-    if [[ -e $work/gateway-changed ]] && systemctl --quiet is-active mmd-gateway.service; then
+# renew_gateway: only for new code, and only where it runs. By a fresh process that takes over without a gap; where its unit has
+# changed, such as its sandbox, by a restart: requests in flight are finished first, new ones wait. Models go on either way.
+renew_gateway() {
+    if ! systemctl --quiet is-active mmd-gateway.service; then
+        remark "starts with the first request"
+    elif [[ -e $work/gateway-unit-changed ]]; then
         systemctl restart mmd-gateway.service
         remark "restarted, the models go on"
+    elif [[ -e $work/gateway-changed ]]; then
+        systemctl reload mmd-gateway.service
+        remark "a fresh process has taken over, the models go on"
     else
-        remark "starts with the first request, or goes on"
+        remark "goes on"
     fi
 }
 

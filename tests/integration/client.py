@@ -62,9 +62,10 @@ def chat(model: str, text: str = "hello", *, timeout_s: float = 30, **more: obje
     return post("/v1/chat/completions", body, timeout_s=timeout_s)
 
 
-def stream(model: str, *, max_tokens: int = 8, timeout_s: float = 30) -> Iterator[str]:
+def stream(model: str, *, max_tokens: int = 8, timeout_s: float = 30, **more: object) -> Iterator[str]:
     """The lines of a streamed chat answer, as they come. Closing the iterator closes the connection."""
-    body = {"model": model, "messages": [{"role": "user", "content": "hello"}], "max_tokens": max_tokens, "stream": True}
+    messages = [{"role": "user", "content": "hello"}]
+    body = {"model": model, "messages": messages, "max_tokens": max_tokens, "stream": True, **more}
     connection = _connect(_API, timeout_s)
     try:
         connection.request("POST", "/v1/chat/completions", json.dumps(body), {"Content-Type": "application/json"})

@@ -213,7 +213,7 @@ async def gateway(
             dispatcher.post(Observed(UnitName(name, CPU), Phase.READY))
     inference = Inference(dispatcher)
     with socket.create_server(("127.0.0.1", 0)) as listening:
-        server = Server(inference, [*OpenAiApi(dispatcher).routes(), *routes], [listening])
+        server = Server("mmd-api", inference, [*OpenAiApi(dispatcher).routes(), *routes], [listening])
         await server.start()
         running = Running(server, dispatcher, lifecycle, inference, listening.getsockname()[1])
         try:

@@ -1,6 +1,7 @@
 """A client's connection: requests in, one after the other, each with its answer before the next is looked at."""
 
 import asyncio
+import os
 from collections.abc import Callable
 from typing import Final, Protocol, cast
 
@@ -25,6 +26,9 @@ _STALLED_S: Final = 300.0
 # reset, which may overtake the answer (RFC 9112, 9.6).
 _LINGER_S: Final = 2.0
 
+# When to look again whether the client has read what was written to it.
+_FLUSH_S: Final = 0.05
+
 _known: Final[KnownHeads[RequestHead]] = KnownHeads()
 
 
@@ -37,6 +41,11 @@ class Host(Protocol):
 
     leaving: bool
     connections: set["ClientConnection"]
+
+    @property
+    def heir(self) -> Callable[[int, bytes, bool | None], None] | None:
+        """Where connections go that have nothing to wait for here: a descriptor, what was read of it, and of an event stream
+        that has begun whether it is chunked. None: they stay."""
 
     def exchange(self, client: "ClientConnection", request: RequestHead, length: int | None) -> Exchange:
         """Who answers this request."""
@@ -53,6 +62,8 @@ class ClientConnection(asyncio.Protocol):
         "_loop",
         "_parser",
         "_paused",
+        "_read_so_far",
+        "_resumed",
         "_since",
         "_tunnel",
         "close_after",
@@ -61,7 +72,8 @@ class ClientConnection(asyncio.Protocol):
         "write",
     )
 
-    def __init__(self, host: Host, loop: asyncio.AbstractEventLoop) -> None:
+    def __init__(self, host: Host, loop: asyncio.AbstractEventLoop, *, read: bytes = b"", chunked: bool | None = None) -> None:
+        """`read`: what another process has read of it already; `chunked`: how the event stream is framed that answers it."""
         self._host = host
         self._loop = loop
         self._since = loop.time()
@@ -70,6 +82,9 @@ class ClientConnection(asyncio.Protocol):
         """The request's body, while it is being read."""
         self._exchange: Exchange | None = None
         self._ahead = b""
+        self._read_so_far = read
+        """The beginning of a head that is not complete."""
+        self._resumed = chunked
         self.stalled = False
         """It does not read what we send."""
         self._full = False
@@ -93,6 +108,9 @@ class ClientConnection(asyncio.Protocol):
         self.transport = cast("asyncio.Transport", transport)  # uvloop's is none by its class
         self.write = self.transport.write
         self._host.connections.add(self)
+        if self._read_so_far:
+            data, self._read_so_far = self._read_so_far, b""
+            self._read(data)
 
     def connection_lost(self, _: Exception | None) -> None:
         self.transport = None
@@ -168,17 +186,22 @@ class ClientConnection(asyncio.Protocol):
         else:
             end_or_not = parser.parse(data)
         if end_or_not is None:
+            self._read_so_far += data
             return b""
-        self._parser = None
+        self._parser, self._read_so_far = None, b""
         return self._begin(parser.head, parser.head.length, data[end_or_not:])
 
     def _begin(self, request: RequestHead, length: int | None, data: bytes) -> bytes:
         """A request has begun, and `data` follows its head; what of it remains to be read."""
         self.close_after = not request.keep_alive
         exchange = self._exchange = self._host.exchange(self, request, length)
+        if self._resumed is not None:
+            chunked, self._resumed = self._resumed, None
+            exchange.resume(chunked=chunked)
         if length and len(data) >= length:
+            self._ahead = data[length:]
             exchange.whole(data[:length])
-            return data[length:]
+            return self._take_ahead()
         if request.chunked:
             self._body = Chunked()
         elif length:
@@ -203,9 +226,14 @@ class ClientConnection(asyncio.Protocol):
         if rest is None:
             self._since = self._loop.time()
             return b""
-        self._body = None
+        self._body, self._ahead = None, rest
         exchange.end()
-        return rest
+        return self._take_ahead()
+
+    def _take_ahead(self) -> bytes:
+        """What followed a request, unless the connection has moved on with it."""
+        data, self._ahead = self._ahead, b""
+        return b"" if self._closing else data
 
     def _read_ahead(self) -> None:
         data, self._ahead = self._ahead, b""
@@ -246,8 +274,29 @@ class ClientConnection(asyncio.Protocol):
             return
         if self.close_after or self._body is not None:
             self._close(linger=self._body is not None or bool(self._ahead))
+        elif self._host.heir is not None:
+            self.leave()
         elif self._ahead and not self.stalled:
             self._read_ahead()
+
+    def leave(self) -> bool:
+        """Move to the gateway that comes after this one, with the request that waits, if there is one; False: not now."""
+        heir, transport, exchange = self._host.heir, self.transport, self._exchange
+        request = b"" if exchange is None else exchange.unsent()
+        if heir is None or transport is None or transport.is_closing() or self._closing or self._body or request is None:
+            return False
+        if transport.get_write_buffer_size():
+            self._loop.call_later(_FLUSH_S, self.leave)
+            return True
+        transport.pause_reading()
+        descriptor = os.dup(transport.get_extra_info("socket").fileno())
+        heir(descriptor, request + self._read_so_far + self._ahead, None if exchange is None else exchange.begun)
+        self._closing = True
+        if exchange is not None:
+            self._exchange = None
+            exchange.withdraw()
+        transport.abort()  # nothing is unsent, and the connection lives on in the other descriptor
+        return True
 
     def switched(self) -> None:
         """After a 101: bytes go to the exchange as they come."""

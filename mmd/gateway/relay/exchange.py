@@ -94,6 +94,24 @@ class Exchange:
         """The client speaks after a 101."""
         raise NotImplementedError
 
+    def resume(self, *, chunked: bool) -> None:
+        """The client has the head of an event stream already, from another process."""
+        raise NotImplementedError
+
+    def unsent(self) -> bytes | None:
+        """The whole request, if nobody has been asked to answer it yet, so that another process may; else None."""
+        return None
+
+    @property
+    def begun(self) -> bool | None:
+        """Whether the answer that the client has the head of is chunked; None when there is none."""
+        return self._chunked if self.started else None
+
+    def withdraw(self) -> None:
+        """Another process answers it."""
+        self.over = True
+        self.closed()
+
     def lost(self) -> None:
         """The client has gone: so does the work for it, at once."""
         if not self.over:

@@ -136,6 +136,19 @@ class RequestHead(_Head):
         """The fields that an engine gets."""
         return b"".join(b"%b: %b\r\n" % (name, value) for lower, name, value in self.fields if lower not in _NOT_TO_ENGINE)
 
+    def written(self, length: int) -> bytes:
+        """The head of the same request with a body of `length` bytes, for another reader."""
+        connection = b"keep-alive" if self.keep_alive else b"close"
+        return b"%b %b HTTP/%b\r\nHost: %b\r\n%bConnection: %b\r\nContent-Length: %d\r\n\r\n" % (
+            self.method,
+            self.target,
+            self.version.encode(),
+            self.host or b"",
+            b"".join(b"%b: %b\r\n" % (name, value) for _, name, value in self.fields),
+            connection,
+            length,
+        )
+
     @property
     def websocket(self) -> bool:
         """Whether it asks to become a WebSocket. Any other Upgrade is ignored, which RFC 9110, 7.8 allows."""

@@ -121,6 +121,8 @@ class InferenceExchange(Exchange):
             return
         self._model = model
         self._begun = self._shared.loop.time()
+        if self.client.leave():
+            return
         if model.engine is EngineKind.EXTERNAL:
             endpoint = model.endpoint
         else:
@@ -133,6 +135,20 @@ class InferenceExchange(Exchange):
                 self._send(connections, connection)
                 return
         self._spawn(again=False)
+
+    def resume(self, *, chunked: bool) -> None:
+        self.started = self._events = True
+        self.status, self._chunked = 200, chunked
+
+    def unsent(self) -> bytes | None:
+        waiting = self.upstream is None and (self._ticket is None or self._ticket.waiting)
+        if self._model is None or self.over or not waiting:
+            return None
+        return self.request.written(len(self._request)) + self._request
+
+    def withdraw(self) -> None:
+        self._model = None  # its counters are the other's
+        super().withdraw()
 
     def _send(self, connections: EngineConnections, connection: EngineConnection) -> None:
         request, body = self.request, self._request
@@ -179,6 +195,8 @@ class InferenceExchange(Exchange):
         for attempt in range(2 if model.restart_on_connection_failure else 1):
             if attempt:
                 self._ticket.unreachable()
+                if self.client.leave():
+                    return
             unit = await self._admission(model, self._ticket)
             lifecycle = self._shared.dispatcher.lifecycle
             endpoint = lifecycle.endpoint(unit)

@@ -1,0 +1,117 @@
+"""Messages with file descriptors between two gateways of one machine: unix(7), SOCK_SEQPACKET and SCM_RIGHTS.
+
+A message is a msgspec structure as JSON. Descriptors that go with it are dup'ed into it by the kernel; the sender's are closed
+once it has been sent, the receiver's are the receiver's.
+"""
+
+import array
+import asyncio
+import os
+import socket
+from collections import deque
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from typing import Any
+
+import msgspec
+
+__all__ = ["Channel"]
+
+_MESSAGE_MAX_BYTES = 65536
+_FDS_MAX = 64  # a gateway listens on fewer addresses than that
+
+
+class Channel:
+    """One end. `on_message` gets each message with its descriptors, `on_end` is called once when the other end has gone."""
+
+    def __init__(
+        self,
+        end: socket.socket,
+        messages: Any,
+        on_message: Callable[[Any, list[int]], None],
+        on_end: Callable[[], None],
+    ) -> None:
+        """`messages`: the union of structures that may come."""
+        end.setblocking(False)
+        self._socket = end
+        self.open = True
+        self._decoder = msgspec.json.Decoder(messages)
+        self._on_message = on_message
+        self._on_end = on_end
+        self._loop = asyncio.get_running_loop()
+        self._unsent: deque[tuple[bytes, tuple[int, ...]]] = deque()
+        self._loop.add_reader(end.fileno(), self._receive)
+
+    def send(self, message: msgspec.Struct, *fds: int) -> None:
+        """Send as soon as there is room; after the other end has gone it goes nowhere."""
+        if not self.open:
+            _close(fds)
+            return
+        self._unsent.append((msgspec.json.encode(message), fds))
+        if len(self._unsent) == 1:
+            self._flush()
+
+    def _flush(self) -> None:
+        while self._unsent:
+            data, fds = self._unsent[0]
+            try:
+                socket.send_fds(self._socket, [data], list(fds))
+            except BlockingIOError:
+                self._loop.add_writer(self._socket.fileno(), self._flush)
+                return
+            except OSError:
+                self._end()
+                return
+            self._unsent.popleft()
+            _close(fds)
+        self._loop.remove_writer(self._socket.fileno())
+
+    def _receive(self) -> None:
+        while self.open:
+            try:
+                data, fds = self._take()
+            except BlockingIOError:
+                return
+            except OSError:
+                data, fds = b"", []
+            if not data:
+                self._end()
+                return
+            self._on_message(self._decoder.decode(data), fds)
+
+    def _take(self) -> tuple[bytes, list[int]]:
+        found = array.array("i")
+        data, ancillary, _, _ = self._socket.recvmsg(_MESSAGE_MAX_BYTES, socket.CMSG_SPACE(_FDS_MAX * found.itemsize))
+        for level, kind, payload in ancillary:
+            if (level, kind) == (socket.SOL_SOCKET, socket.SCM_RIGHTS):
+                found.frombytes(payload[: len(payload) - len(payload) % found.itemsize])
+        return data, list(found)
+
+    def _end(self) -> None:
+        if self.open:
+            self.close()
+            self._on_end()
+
+    def detach(self) -> socket.socket:
+        """Use it no more, and hand its end over as it is: what has not been read stays in it."""
+        self._let_go()
+        return self._socket
+
+    def close(self) -> None:
+        if self.open:
+            self._let_go()
+            self._socket.close()
+
+    def _let_go(self) -> None:
+        self.open = False
+        self._loop.remove_reader(self._socket.fileno())
+        self._loop.remove_writer(self._socket.fileno())
+        for _, fds in self._unsent:
+            _close(fds)
+        self._unsent.clear()
+
+
+def _close(fds: Sequence[int]) -> None:
+    for fd in fds:
+        with suppress(OSError):
+            os.close(fd)

@@ -1,0 +1,207 @@
+"""An upgrade without a gap: a gateway hands its sockets, and what it knows, to a fresh one, and finishes what it has in hand.
+
+The fresh process (successor) gets ready beside the old one (predecessor): it reads the configuration and takes over what runs,
+without deciding anything. If it does not come that far, nothing has changed. Then, within one turn of the old one's event
+loop, the old one stops accepting and deciding and sends what the other needs; connections wait in the kernel for the few
+milliseconds until the successor accepts. Idle connections and requests that still wait for their model move over as they are;
+answers under way stay with the predecessor, however long, and each of their connections moves over when its answer has ended.
+The successor counts the requests that it does not see, so that no model is taken from under them.
+"""
+
+import asyncio
+import logging
+import os
+import signal
+import socket
+import subprocess
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+
+import msgspec
+
+from mmd.errors import MmdError
+from mmd.gateway.channel import Channel
+from mmd.systemd.activation import ListenSocket
+
+__all__ = ["Client", "Predecessor", "Successor", "Taken", "UnitTaken"]
+
+_log = logging.getLogger(__name__)
+
+# A fresh gateway is there within a second; on a machine that is busy loading models it takes longer.
+_PREPARED_WITHIN_S = 30.0
+_VARIABLES = ("LISTEN_PID", "LISTEN_FDS", "LISTEN_FDNAMES", "WATCHDOG_PID")
+
+
+class Sockets(msgspec.Struct, frozen=True, tag=True):
+    """What systemd listens on: names, and a descriptor each."""
+
+    names: list[str]
+
+
+class Prepared(msgspec.Struct, frozen=True, tag=True):
+    """The successor could go on from here."""
+
+
+class UnitTaken(msgspec.Struct, frozen=True):
+    """What the predecessor knows of a unit."""
+
+    level: int
+    in_flight: int
+    idle_s: float | None
+
+
+class Taken(msgspec.Struct, frozen=True, tag=True):
+    """From now on the successor decides."""
+
+    units: dict[str, UnitTaken]
+
+
+class InFlight(msgspec.Struct, frozen=True, tag=True):
+    """How many requests the predecessor still serves at a unit."""
+
+    unit: str
+    count: int
+
+
+class Client(msgspec.Struct, frozen=True, tag=True):
+    """A client's connection: its socket, and a memfd_create(2) with what has been read of it and is still to be answered."""
+
+    server: str
+    chunked: bool | None = None
+    """Of an event stream whose head the client has already."""
+
+
+class Elder(msgspec.Struct, frozen=True, tag=True):
+    """A predecessor's own predecessor, which still serves something: the end of its channel, and what it serves."""
+
+    in_flight: dict[str, int]
+
+
+_ToSuccessor = Sockets | Taken | InFlight | Client | Elder
+
+
+class Successor:
+    """A fresh gateway, as the one before it sees it."""
+
+    def __init__(self, on_end: Callable[[], None]) -> None:
+        """`on_end`: it has gone."""
+        self._on_end = on_end
+        self._channel: Channel | None = None
+        self._process_id = 0
+        self._prepared: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+
+    async def start(self, command: Sequence[str], sockets: Sequence[ListenSocket]) -> int:
+        """Start it by `command` and wait until it is prepared: its process id. MmdError when it does not come that far."""
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        with theirs:
+            self._process_id = _spawn(command, theirs.fileno())
+        self._channel = Channel(ours, Prepared, self._hear, self._ended)
+        self._channel.send(Sockets([each.name for each in sockets]), *(os.dup(each.socket.fileno()) for each in sockets))
+        try:
+            async with asyncio.timeout(_PREPARED_WITHIN_S):
+                await self._prepared
+        except TimeoutError:
+            raise MmdError(f"the fresh gateway was not prepared within {_PREPARED_WITHIN_S:g} s") from None
+        return self._process_id
+
+    def _hear(self, _: Prepared, __: list[int]) -> None:
+        if not self._prepared.done():
+            self._prepared.set_result(None)
+
+    def _ended(self) -> None:
+        if not self._prepared.done():
+            error = MmdError("the fresh gateway ended before it was prepared", hint="journalctl -u mmd-gateway")
+            self._prepared.set_exception(error)
+        else:
+            self._on_end()
+
+    def take(self, units: Mapping[str, UnitTaken]) -> None:
+        """Let it decide and accept."""
+        assert self._channel is not None
+        self._channel.send(Taken(dict(units)))
+
+    def elder(self, in_flight: Mapping[str, int], end: socket.socket) -> None:
+        """Let it hear from a predecessor of ours, by the end of its channel."""
+        assert self._channel is not None
+        self._channel.send(Elder(dict(in_flight)), end.detach())
+
+    def count(self, unit: str, in_flight: int) -> None:
+        assert self._channel is not None
+        self._channel.send(InFlight(unit, in_flight))
+
+    def give(self, client: Client, connection: int, data: bytes) -> None:
+        """Hand a connection over, with what was read of it."""
+        assert self._channel is not None
+        memory = os.memfd_create("mmd-client")
+        view = memoryview(data)
+        while view:
+            view = view[os.write(memory, view) :]
+        self._channel.send(client, connection, memory)
+
+    def dismiss(self) -> None:
+        """End one that is of no use."""
+        if self._channel is not None and self._channel.open:
+            self._channel.close()
+            with suppress(ProcessLookupError):
+                os.kill(self._process_id, signal.SIGKILL)  # its channel was open a moment ago, so the process id is still its
+
+
+def _spawn(command: Sequence[str], end: int) -> int:
+    """Start it as a child of systemd, which would not notice the end of a main process that is somebody else's: by a shell that
+    starts it and ends, as daemons used to."""
+    environment = {key: value for key, value in os.environ.items() if key not in _VARIABLES}
+    argv = ["/bin/sh", "-c", '"$@" >&2 & echo $!', "sh", *command, "--take-over", str(end)]
+    done = subprocess.run(argv, check=True, pass_fds=(end,), env=environment, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE)
+    return int(done.stdout)
+
+
+class Predecessor:
+    """The gateway before this one, or one before that, as the fresh one sees it."""
+
+    def __init__(self, end: socket.socket) -> None:
+        self.sockets: asyncio.Future[tuple[ListenSocket, ...]] = asyncio.get_running_loop().create_future()
+        self.taken: asyncio.Future[Taken] = asyncio.get_running_loop().create_future()
+        self.on_client: Callable[[Client, socket.socket, bytes], None] | None = None
+        self.on_count: Callable[[Predecessor, str, int], None] | None = None
+        self.on_elder: Callable[[Predecessor, Mapping[str, int]], None] | None = None
+        self.on_end: Callable[[Predecessor], None] | None = None
+        self._channel = Channel(end, _ToSuccessor, self._hear, self._ended)
+
+    def prepared(self) -> None:
+        self._channel.send(Prepared())
+
+    def detach(self) -> socket.socket:
+        """The end of its channel, for another successor."""
+        return self._channel.detach()
+
+    def _hear(self, message: _ToSuccessor, fds: list[int]) -> None:
+        match message:
+            case Sockets(names):
+                made = (socket.socket(fileno=fd) for fd in fds)
+                self.sockets.set_result(tuple(ListenSocket(name, each) for name, each in zip(names, made, strict=True)))
+            case Taken():
+                self.taken.set_result(message)
+            case InFlight(unit, count) if self.on_count is not None:
+                self.on_count(self, unit, count)
+            case Client():
+                self._hear_client(message, *fds)
+            case Elder(in_flight) if self.on_elder is not None:
+                self.on_elder(Predecessor(socket.socket(fileno=fds[0])), in_flight)
+
+    def _hear_client(self, client: Client, connection: int, memory: int) -> None:
+        with os.fdopen(memory, "rb") as file:
+            file.seek(0)
+            data = file.read()
+        if self.on_client is not None:
+            self.on_client(client, socket.socket(fileno=connection), data)
+
+    def _ended(self) -> None:
+        for future in (self.sockets, self.taken):
+            if not future.done():
+                future.set_exception(MmdError("the gateway before this one has gone"))
+        if self.on_end is not None:
+            self.on_end(self)
+
+    def close(self) -> None:
+        with suppress(OSError):
+            self._channel.close()

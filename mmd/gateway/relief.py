@@ -1,0 +1,159 @@
+"""One gateway relieved by the next: what mmd.gateway.handover carries, put into practice on both sides."""
+
+import asyncio
+import logging
+import socket
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+
+from mmd.errors import MmdError
+from mmd.gateway.dispatcher import Dispatcher
+from mmd.gateway.handover import Client, Predecessor, Successor, Taken, UnitTaken
+from mmd.gateway.server import Server
+from mmd.names import UnitName
+from mmd.policy.events import Phase
+from mmd.systemd.activation import ListenSocket
+
+__all__ = ["Guests", "relieve"]
+
+_log = logging.getLogger(__name__)
+
+# How soon the successor hears that a request has ended: it may wait for this one to put the model to sleep.
+_COUNT_S = 0.05
+
+
+class Guests:
+    """Requests that earlier gateways still serve at units that we decide about, and the connections that they send us."""
+
+    def __init__(self, dispatcher: Dispatcher, servers: Sequence[Server]) -> None:
+        """`servers` may be made later."""
+        self._dispatcher = dispatcher
+        self._servers = servers
+        self._loop = asyncio.get_running_loop()
+        self._requests: dict[Predecessor, dict[str, list[int]]] = {}
+        self.none = asyncio.Event()
+        """There is nobody before us any more."""
+        self.none.set()
+
+    def welcome(self, predecessor: Predecessor) -> None:
+        """Listen to a gateway before us."""
+        self._requests[predecessor] = {}
+        self.none.clear()
+        predecessor.on_client = self._take_client
+        predecessor.on_count = self._count
+        predecessor.on_elder = self._take_elder
+        predecessor.on_end = self._leave
+
+    async def take_over(self, predecessor: Predecessor, taken: Taken) -> None:
+        """Learn what it knew; from now on we decide."""
+        known = {unit: each for name, each in taken.units.items() if (unit := UnitName.parse(name)) is not None}
+        lifecycle = self._dispatcher.lifecycle
+        lifecycle.inherit({unit: each.level for unit, each in known.items()})
+        for unit, each in known.items():
+            if unit in lifecycle.units:
+                self._dispatcher.post(await lifecycle.observe(lifecycle.units[unit]))
+                requests = self._dispatcher.inherit(unit, each.in_flight, each.idle_s)
+                self._requests[predecessor][str(unit)] = requests
+        self._dispatcher.resume()
+
+    def _take_elder(self, elder: Predecessor, in_flight: Mapping[str, int]) -> None:
+        self.welcome(elder)
+        for name, count in in_flight.items():
+            unit = UnitName.parse(name)
+            if unit is not None:
+                self._requests[elder][name] = self._dispatcher.inherit(unit, count, None)
+
+    def _count(self, predecessor: Predecessor, unit: str, count: int) -> None:
+        requests = self._requests[predecessor].get(unit, [])
+        while len(requests) > count:
+            self._dispatcher.forgo(requests.pop())
+
+    def _leave(self, predecessor: Predecessor) -> None:
+        for requests in self._requests.pop(predecessor, {}).values():
+            for request in requests:
+                self._dispatcher.forgo(request)
+        if not self._requests:
+            self.none.set()
+
+    def _take_client(self, client: Client, connection: socket.socket, read: bytes) -> None:
+        server = next((each for each in self._servers if each.name == client.server), None)
+        if server is None:
+            _log.warning("nobody serves %s any more: a connection is closed", client.server)
+            connection.close()
+        else:
+            self._dispatcher.spawn(server.adopt(connection, read, client.chunked))
+
+    def ids(self) -> set[int]:
+        """Their requests, as the scheduler knows them."""
+        return {request for each in self._requests.values() for requests in each.values() for request in requests}
+
+    def move_to(self, successor: Successor) -> None:
+        """Let the next one listen to those before us."""
+        for predecessor, requests in self._requests.items():
+            successor.elder({unit: len(each) for unit, each in requests.items()}, predecessor.detach())
+        self._requests.clear()
+        self.none.set()
+
+
+async def relieve(
+    command: Sequence[str],
+    sockets: Sequence[ListenSocket],
+    dispatcher: Dispatcher,
+    servers: Sequence[Server],
+    guests: Guests,
+    announce: Callable[[int], None],
+) -> bool:
+    """Start a successor by `command` and hand everything over to it, after `announce` was told its process id.
+
+    Returns when nothing is left to do here. False: it did not come up, and nothing has changed.
+    """
+    gone = asyncio.Event()
+    successor = Successor(gone.set)
+    try:
+        process_id = await successor.start(command, sockets)
+        await dispatcher.pause()
+        if gone.is_set():
+            raise MmdError("the fresh gateway ended before it could take over", hint="journalctl -u mmd-gateway")
+    except MmdError as error:
+        _log.error("the gateway goes on as it is: %s", error)
+        successor.dismiss()
+        dispatcher.resume()
+        return False
+    announce(process_id)
+    known = _known(dispatcher, guests.ids())
+    successor.take(known)
+    theirs = guests.ids()
+    guests.move_to(successor)
+    for server in servers:
+        server.hand_over(partial(_give, successor, server.name))
+    dispatcher.retire()
+    _log.info("process %d takes over; %d requests are finished here", process_id, sum(u.in_flight for u in known.values()))
+    told = {unit: each.in_flight for unit, each in known.items()}
+    while any(server.connections for server in servers):
+        if gone.is_set():
+            for server in servers:
+                server.leaving, server.heir = True, None
+        await asyncio.sleep(_COUNT_S)
+        for unit, each in _known(dispatcher, theirs).items():
+            if each.in_flight != told.get(unit):
+                told[unit] = each.in_flight
+                successor.count(unit, each.in_flight)
+    return True
+
+
+def _give(successor: Successor, server: str, connection: int, read: bytes, chunked: bool | None) -> None:
+    successor.give(Client(server, chunked), connection, read)
+
+
+def _known(dispatcher: Dispatcher, theirs: set[int]) -> dict[str, UnitTaken]:
+    """What we know of the units, the requests of others apart."""
+    now = asyncio.get_running_loop().time()
+    return {
+        str(unit): UnitTaken(
+            level=instance.level if instance.phase is Phase.SLEEPING else 0,
+            in_flight=len(instance.in_flight - theirs),
+            idle_s=now - instance.last_activity if instance.last_activity else None,
+        )
+        for unit, instance in dispatcher.scheduler.state.instances.items()
+        if instance.phase in (Phase.READY, Phase.SLEEPING)
+    }
