@@ -43,8 +43,8 @@ _REPLICAS = Section(
             "max",
             kinds.integer(1, 64),
             "1",
-            "While all have target_in_flight requests or more, another is started, until there are so many: in free memory, or "
-            "in place of idle models that are asked for less.",
+            "While there are more than target_in_flight requests for each, another is started, until there are so many: in "
+            "free memory, or in place of idle models that are asked for less.",
         ),
         Setting(
             "target_in_flight",

@@ -6,6 +6,7 @@ once it has been sent, the receiver's are the receiver's.
 
 import array
 import asyncio
+import logging
 import os
 import socket
 from collections import deque
@@ -16,6 +17,8 @@ from typing import Any
 import msgspec
 
 __all__ = ["Channel"]
+
+_log = logging.getLogger(__name__)
 
 _MESSAGE_MAX_BYTES = 65536
 _FDS_MAX = 64  # a gateway listens on fewer addresses than that
@@ -77,7 +80,13 @@ class Channel:
             if not data:
                 self._end()
                 return
-            self._on_message(self._decoder.decode(data), fds)
+            try:
+                message = self._decoder.decode(data)
+            except msgspec.MsgspecError as error:  # of another version
+                _log.warning("a message from another gateway is not understood: %s", error)
+                _close(fds)
+            else:
+                self._on_message(message, fds)
 
     def _take(self) -> tuple[bytes, list[int]]:
         found = array.array("i")

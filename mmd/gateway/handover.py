@@ -64,7 +64,8 @@ class InFlight(msgspec.Struct, frozen=True, tag=True):
 
 
 class Client(msgspec.Struct, frozen=True, tag=True):
-    """A client's connection: its socket, and a memfd_create(2) with what has been read of it and is still to be answered."""
+    """A client's connection: its socket, and if something has been read of it that is still to be answered, a memfd_create(2)
+    with that."""
 
     server: str
     chunked: bool | None = None
@@ -87,7 +88,7 @@ class Successor:
         """`on_end`: it has gone."""
         self._on_end = on_end
         self._channel: Channel | None = None
-        self._process_id = 0
+        self._process_id: int | None = None
         self._prepared: asyncio.Future[None] = asyncio.get_running_loop().create_future()
 
     async def start(self, command: Sequence[str], sockets: Sequence[ListenSocket]) -> int:
@@ -132,18 +133,25 @@ class Successor:
     def give(self, client: Client, connection: int, data: bytes) -> None:
         """Hand a connection over, with what was read of it."""
         assert self._channel is not None
-        memory = os.memfd_create("mmd-client")
-        view = memoryview(data)
-        while view:
-            view = view[os.write(memory, view) :]
-        self._channel.send(client, connection, memory)
+        self._channel.send(client, connection, *((_in_memory(data),) if data else ()))
 
     def dismiss(self) -> None:
         """End one that is of no use."""
-        if self._channel is not None and self._channel.open:
-            self._channel.close()
+        if self._channel is None or not self._channel.open:
+            return
+        self._channel.close()
+        if self._process_id is not None:
             with suppress(ProcessLookupError):
                 os.kill(self._process_id, signal.SIGKILL)  # its channel was open a moment ago, so the process id is still its
+
+
+def _in_memory(data: bytes) -> int:
+    """A descriptor of a file that holds `data`: a message has room for some kilobytes only."""
+    memory = os.memfd_create("mmd-client")
+    view = memoryview(data)
+    while view:
+        view = view[os.write(memory, view) :]
+    return memory
 
 
 def _spawn(command: Sequence[str], end: int) -> int:
@@ -188,10 +196,12 @@ class Predecessor:
             case Elder(in_flight) if self.on_elder is not None:
                 self.on_elder(Predecessor(socket.socket(fileno=fds[0])), in_flight)
 
-    def _hear_client(self, client: Client, connection: int, memory: int) -> None:
-        with os.fdopen(memory, "rb") as file:
-            file.seek(0)
-            data = file.read()
+    def _hear_client(self, client: Client, connection: int, memory: int | None = None) -> None:
+        data = b""
+        if memory is not None:
+            with os.fdopen(memory, "rb") as file:
+                file.seek(0)
+                data = file.read()
         if self.on_client is not None:
             self.on_client(client, socket.socket(fileno=connection), data)
 

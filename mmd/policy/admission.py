@@ -71,7 +71,7 @@ def admit_at_once(state: State, request: int, name: str, now: float) -> UnitName
             up, busy = up + 1, busy + here
             if here < limit and (best is None or (here, instance.unit) < (load, best.unit)):
                 best, load = instance, here
-    crowded = model.replicas.max > 1 and busy + 1 >= up * target_in_flight(model)
+    crowded = model.replicas.max > 1 and busy + 1 > up * target_in_flight(model)
     if best is None or crowded:
         return None
     state.traffic_of(name).count(now)

@@ -48,7 +48,7 @@ def _crowded(state: State, model: Model) -> bool:
     if not 0 < len(up) < model.replicas.max:
         return False
     load = sum(len(instance.in_flight) for instance in up) + len(state.queues.get(model.name, ()))
-    return load >= target_in_flight(model) * len(up)
+    return load > target_in_flight(model) * len(up)
 
 
 def _patience_s(state: State, model: Model) -> float:

@@ -8,7 +8,7 @@ from mmd.names import UnitName
 from mmd.policy.actions import Admit, Refuse, Sleep, Start, Stop, Wake
 from mmd.policy.events import Phase
 
-_TWO = Replicas(max=2, target_in_flight=2)
+_TWO = Replicas(max=2, target_in_flight=1)
 
 
 def crowd(world: World, model: str, count: int = 2) -> list[int]:

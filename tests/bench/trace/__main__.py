@@ -8,7 +8,7 @@ figures are given in seconds at scale 1: at 0.1, one second in the table was 0.1
 programs' own work (starting processes, decisions, relaying), so a smaller scale is unkind to all of them; and answers have
 fewer tokens rather than much faster ones, because the machine would be the limit: at 0.1 a token takes 0.1 s of the table.
 
-Where one model is awake at a time there is only one that can leave, so lru and min_loss do the same; --gpu 40 tells them apart.
+Where one model is awake at a time there is only one that can leave, so lru and min_loss do the same; not so with --gpu-gib 40.
 
 Every trace begins with all models stopped. Without --endpoint, mmd is measured, installed in a private systemd (root), and on
 the same traces the other programs whose binaries are given. Nothing is asserted; the exit status is 0 however slow anybody was.
@@ -40,7 +40,7 @@ _LATE_S = 0.5
 
 def main() -> None:
     arguments = _arguments()
-    simulated = Simulated.at(arguments.scale, gpu_bytes=arguments.gpu << 30)
+    simulated = Simulated.at(arguments.scale, gpu_bytes=arguments.gpu_gib << 30)
     traces = [_trace(name, arguments) for name in arguments.traces]
     with ExitStack() as stack:
         targets = _targets(arguments, simulated, stack)
@@ -98,7 +98,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--decode", type=_positive, default=8.0, metavar="SECONDS", help="mean length of an answer (8)")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--traces", nargs="+", choices=NAMES, default=NAMES, metavar="TRACE", help=", ".join(NAMES))
-    parser.add_argument("--gpu", type=int, default=24, metavar="GIB", help="memory of the GPU (24; at 40 two are awake)")
+    parser.add_argument("--gpu-gib", type=int, default=24, metavar="GIB", help="memory of the GPU (24; at 40 two are awake)")
     parser.add_argument("--policy", choices=("min_loss", "lru"), default="min_loss", help="mmd's policy.evict")
     parser.add_argument("--no-sleep", action="store_true", help="mmd stops victims (sleep.level: off)")
     parser.add_argument("--max-wait", type=_positive, default=60.0, metavar="SECONDS", help="mmd's policy.max_wait (60)")

@@ -99,7 +99,7 @@ def _end_orphans(folder: Path, pids: Sequence[str]) -> None:
 
 
 class LlamaSwap(Competitor):
-    """One model at a time, its default; where more fit (--gpu) it is told which may be together, as it knows nothing of memory.
+    """One model at a time, its default; where more fit (--gpu-gib) it is told which may be together, knowing no memory.
 
     It asks an engine for its health 0.25 s after the start and then once a second, which cannot be set. So only scale 1 is fair
     to it: at 0.1 a start takes 1.25 s instead of 0.52 s.
