@@ -8,7 +8,7 @@ import asyncio
 import logging
 from collections.abc import Coroutine, Mapping
 from itertools import count
-from typing import Any
+from typing import Any, Protocol
 
 from mmd.config import Config, Model
 from mmd.errors import MmdError
@@ -16,8 +16,9 @@ from mmd.gateway.api_error import ApiError, refused
 from mmd.gateway.lesson_book import LessonBook
 from mmd.gateway.lifecycle import Lifecycle
 from mmd.gateway.outcome import Outcome, held_bytes
+from mmd.gateway.stage import model_state
 from mmd.names import UnitName
-from mmd.policy.actions import Action, Admit, Refuse, Sleep, Start, UnitAction, Wake
+from mmd.policy.actions import Action, Admit, Lend, Recall, Refuse, Sleep, Start, UnitAction, Wake
 from mmd.policy.events import (
     Arrived,
     Cancelled,
@@ -31,6 +32,7 @@ from mmd.policy.events import (
     Phase,
     Reconfigured,
     Reset,
+    Staffed,
     Tick,
     Unreachable,
 )
@@ -39,7 +41,7 @@ from mmd.policy.scheduler import Scheduler
 from mmd.systemd.client import Systemd
 from mmd.systemd.unit import UnitState
 
-__all__ = ["Dispatcher", "Ticket"]
+__all__ = ["Dispatcher", "Lender", "Ticket"]
 
 _PAUSE_POLL_S = 0.1
 
@@ -99,14 +101,31 @@ class Ticket:
         self.close()
 
 
+class Lender(Protocol):
+    """Who tells the gateway's workers what the scheduler lends them, see mmd.policy.leases."""
+
+    def lend(self, unit: UnitName) -> None: ...
+
+    def renew(self, unit: UnitName) -> None:
+        """The unit was looked at again: its engine may listen elsewhere."""
+
+    def recall(self, unit: UnitName) -> None:
+        """Answer by `Returned`, later."""
+
+    def survey(self) -> None:
+        """Tell the scheduler, by `Surveyed`, what workers have in flight."""
+
+
 class Dispatcher:
     def __init__(self, lifecycle: Lifecycle, systemd: Systemd, book: LessonBook) -> None:
         self.scheduler = Scheduler()
         self.lifecycle = lifecycle
+        self.endpoint, self.connections = lifecycle.endpoint, lifecycle.engines.connections
         self.retired = False
         """Another gateway decides."""
         self.outcomes: dict[UnitName, Outcome] = {}
         """The last finished action on each unit."""
+        self._lender: Lender | None = None
         self._systemd = systemd
         self._book = book
         self._written: dict[str, Lesson] = {}
@@ -150,6 +169,25 @@ class Dispatcher:
         self.post(Arrived(request, model.name, operator))
         return Ticket(self, request, model, admission=admission)
 
+    def lend_to(self, lender: Lender) -> None:
+        """There are workers: lend them what may be lent."""
+        self._lender = lender
+        self.post(Staffed())
+
+    def survey(self) -> None:
+        """Bring what is in flight up to date, for somebody who looks."""
+        if self._lender is not None:
+            self._lender.survey()
+
+    def lost(self, unit: UnitName, model: Model) -> Ticket:
+        """A worker's request, let in by a lease, found nobody listening at `unit`: it waits for another admission."""
+        if unit not in self.scheduler.state.instances:
+            return self.request(model)
+        (request,) = self.inherit(unit, 1, None)
+        ticket = Ticket(self, request, model, unit=unit)
+        ticket.unreachable()
+        return ticket
+
     def inherit(self, unit: UnitName, count: int, idle_s: float | None) -> list[int]:
         """Reckon with `count` requests that another process serves at a unit; each is over when it is given to `forgo`."""
         requests = [next(self._requests) for _ in range(count)]
@@ -159,13 +197,18 @@ class Dispatcher:
     def forgo(self, request: int) -> None:
         self.post(Finished(request))
 
+    async def stage(self, model: Model) -> str:
+        """What `model` is doing, for somebody who waits for it."""
+        return model_state(self.scheduler.state, model).value
+
     async def pause(self) -> None:
         """Begin nothing more, and wait until no engine is on its way to sleep or awake: half-way nobody could take it over.
 
         Units that systemd is starting or stopping are no matter: whoever comes next sees them do so.
         """
         self.post(Paused(True))
-        while any(isinstance(instance.pending, Sleep | Wake) for instance in self.scheduler.state.instances.values()):
+        state = self.scheduler.state
+        while state.lent or any(isinstance(instance.pending, Sleep | Wake) for instance in state.instances.values()):
             await self.next_change(_PAUSE_POLL_S)
 
     def resume(self) -> None:
@@ -213,6 +256,12 @@ class Dispatcher:
                 if not admission.done():
                     admission.set_exception(refused(action))
                     admission.exception()  # the client may have left: nobody need look at it
+            case Lend(unit):
+                assert self._lender is not None
+                self._lender.lend(unit)
+            case Recall(unit):
+                assert self._lender is not None
+                self._lender.recall(unit)
             case _:
                 _log.info("%s %s", type(action).__name__.lower(), action.unit)
                 self.spawn(self._act(action))
@@ -283,6 +332,8 @@ class Dispatcher:
         try:
             while (state := self._unread.pop(unit, None)) is not None:
                 self.post(await self.lifecycle.observe(state))
+                if self._lender is not None:
+                    self._lender.renew(unit)
         finally:
             self._reading.discard(unit)
 

@@ -19,8 +19,8 @@ class Traffic:
         """Requests per second over the last minutes: for comparing models, since it is too low while it builds up."""
         return self._rate * math.exp2((self._at - now) / _RATE_WINDOW_S)
 
-    def count(self, now: float) -> None:
-        """A request has come."""
-        self._rate = self.rate(now) + math.log(2) / _RATE_WINDOW_S
+    def count(self, now: float, requests: int = 1) -> None:
+        """Requests have come."""
+        self._rate = self.rate(now) + requests * math.log(2) / _RATE_WINDOW_S
         self._at = now
-        self.requests += 1
+        self.requests += requests
