@@ -16,6 +16,8 @@ from mmd.gateway.api_error import ApiError, refused
 from mmd.gateway.lesson_book import LessonBook
 from mmd.gateway.lifecycle import Lifecycle
 from mmd.gateway.outcome import Outcome, held_bytes
+from mmd.gateway.relay.engine import EngineConnections
+from mmd.gateway.relay.gate import Gate, Place
 from mmd.gateway.stage import model_state
 from mmd.names import UnitName
 from mmd.policy.actions import Action, Admit, Lend, Recall, Refuse, Sleep, Start, UnitAction, Wake
@@ -51,13 +53,10 @@ _log = logging.getLogger(__name__)
 _ARM_S = 0.05
 
 
-class Ticket:
-    """One request's place with the scheduler: waiting, admitted to an instance, or over. Close it, or use it in a `with`.
+class Ticket(Place):
+    """One request's place with the scheduler."""
 
-    Closing gives the place back, in whatever state it is: a client that goes away while it waits costs nothing.
-    """
-
-    __slots__ = ("_admission", "_dispatcher", "model", "request", "unit")
+    __slots__ = ("_admission", "_dispatcher", "model", "request")
 
     def __init__(
         self,
@@ -68,19 +67,17 @@ class Ticket:
         unit: UnitName | None = None,
         admission: "asyncio.Future[UnitName] | None" = None,
     ) -> None:
+        super().__init__(unit)
         self._dispatcher = dispatcher
         self._admission = admission
         self.request = request
         self.model = model
-        self.unit = unit
-        """The instance that it was admitted to at once; None: wait for `admitted`."""
 
     @property
     def waiting(self) -> bool:
         return self._admission is not None and not self._admission.done()
 
     async def admitted(self, timeout_s: float | None = None) -> UnitName | None:
-        """The instance to forward to, None when `timeout_s` passed first; ApiError when the request is turned away."""
         if self._admission is None:
             return self.unit
         if not self._admission.done():
@@ -88,17 +85,10 @@ class Ticket:
         return self._admission.result() if self._admission.done() else None
 
     def unreachable(self) -> None:
-        """Nobody listened at the instance: wait for another admission."""
         self._admission = self._dispatcher.readmit(self.request)
 
     def close(self) -> None:
         self._dispatcher.give_back(self.request, self._admission)
-
-    def __enter__(self) -> "Ticket":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
 
 
 class Lender(Protocol):
@@ -116,11 +106,10 @@ class Lender(Protocol):
         """Tell the scheduler, by `Surveyed`, what workers have in flight."""
 
 
-class Dispatcher:
+class Dispatcher(Gate):
     def __init__(self, lifecycle: Lifecycle, systemd: Systemd, book: LessonBook) -> None:
         self.scheduler = Scheduler()
         self.lifecycle = lifecycle
-        self.endpoint, self.connections = lifecycle.endpoint, lifecycle.engines.connections
         self.retired = False
         """Another gateway decides."""
         self.outcomes: dict[UnitName, Outcome] = {}
@@ -197,8 +186,13 @@ class Dispatcher:
     def forgo(self, request: int) -> None:
         self.post(Finished(request))
 
+    def endpoint(self, unit: UnitName) -> str | None:
+        return self.lifecycle.endpoint(unit)
+
+    def connections(self, endpoint: str) -> EngineConnections:
+        return self.lifecycle.engines.connections(endpoint)
+
     async def stage(self, model: Model) -> str:
-        """What `model` is doing, for somebody who waits for it."""
         return model_state(self.scheduler.state, model).value
 
     async def pause(self) -> None:

@@ -17,6 +17,7 @@ import uvloop
 
 from mmd.errors import MmdError
 from mmd.gateway.log import log_to_journal
+from mmd.gateway.relay import compiled
 from mmd.scope import Scope, ScopeKind
 from mmd.systemd.activation import ListenSocket, listen_sockets
 from mmd.systemd.client import Systemd
@@ -77,7 +78,7 @@ async def _run(scope: Scope, take_over: int | None, notifier: Notifier) -> None:
     loop.add_signal_handler(signal.SIGUSR2, start, upgrade)
     notifier.ready()
     notifier.status(f"{len(daemon.dispatcher.config.models)} models")
-    _log.info("ready: %d models", len(daemon.dispatcher.config.models))
+    _log.info("ready: %d models, relay %s", len(daemon.dispatcher.config.models), "compiled" if compiled() else "interpreted")
     await over.wait()
     notifier.stopping()
     notifier.status("finishing requests")

@@ -61,8 +61,7 @@ def admit_at_once(state: State, request: int, name: str, now: float) -> UnitName
         return None
     limit = model.concurrency or math.inf
     best: Instance | None = None
-    load: float = 0
-    up = busy = 0
+    up = busy = load = 0
     for instance in state.instances.values():
         if instance.release is not None or instance.stale_since is not None:
             return None

@@ -71,7 +71,10 @@ class State:
         return [i for i in self.instances.values() if i.unit.id == model.id]
 
     def traffic_of(self, model: str) -> Traffic:
-        return self.traffic.setdefault(model, Traffic())
+        traffic = self.traffic.get(model)
+        if traffic is None:
+            traffic = self.traffic[model] = Traffic()
+        return traffic
 
     def lesson_of(self, model: str) -> Lesson:
         return self.lessons.get(model, Lesson())

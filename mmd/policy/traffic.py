@@ -7,6 +7,8 @@ __all__ = ["Traffic"]
 
 # Half-life of the request rate: long against a swap (seconds), short against a working day.
 _RATE_WINDOW_S = 300.0
+# What one request adds to the rate.
+_ONE = math.log(2) / _RATE_WINDOW_S
 
 
 @dataclass(slots=True)
@@ -21,6 +23,6 @@ class Traffic:
 
     def count(self, now: float, requests: int = 1) -> None:
         """Requests have come."""
-        self._rate = self.rate(now) + requests * math.log(2) / _RATE_WINDOW_S
+        self._rate = self.rate(now) + requests * _ONE
         self._at = now
         self.requests += requests

@@ -12,7 +12,7 @@ source_fingerprint() {
         cd "$checkout"
         {
             /usr/bin/python3 --version
-            find mmd pyproject.toml -type f ! -name '*.pyc' -print0 | LC_ALL=C sort -z | xargs -0 sha256sum
+            find mmd pyproject.toml setup.py -type f ! -name '*.pyc' -print0 | LC_ALL=C sort -z | xargs -0 sha256sum
         } | sha256sum | cut -c1-16
     )
 }
@@ -35,7 +35,7 @@ install_environment() {
         remark installed
     fi
     mkdir "$work/source" # setuptools writes where it builds
-    (cd "$checkout" && cp -R mmd pyproject.toml README.md LICENSE "$work/source")
+    (cd "$checkout" && cp -R mmd pyproject.toml setup.py README.md LICENSE "$work/source")
     "$new/bin/python" -m pip install --no-input --disable-pip-version-check --no-compile --upgrade "$work/source"
     grep --recursive --files-with-matches --binary-files=without-match --null -F "$new" "$new/bin" "$new/pyvenv.cfg" |
         xargs --null --no-run-if-empty sed -i "s,$new,$home,g"

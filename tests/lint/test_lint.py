@@ -60,16 +60,16 @@ def short(path: Path) -> str:
 
 
 def test_ruff_check() -> None:
-    run(sys.executable, "-m", "ruff", "check", "mmd", "tests", "packaging")
+    run(sys.executable, "-m", "ruff", "check", "setup.py", "mmd", "tests", "packaging")
 
 
 def test_ruff_format() -> None:
-    run(sys.executable, "-m", "ruff", "format", "--check", "mmd", "tests", "packaging")
+    run(sys.executable, "-m", "ruff", "format", "--check", "setup.py", "mmd", "tests", "packaging")
 
 
 @pytest.mark.timeout(240)
 def test_types_of_the_package() -> None:
-    run(sys.executable, "-m", "mypy", "--strict", "mmd", "packaging/lib/first_request.py")
+    run(sys.executable, "-m", "mypy", "--strict", "setup.py", "mmd", "packaging/lib/first_request.py")
 
 
 @pytest.mark.timeout(240)

@@ -2,6 +2,7 @@
 
 import copy
 import random
+from typing import cast
 
 import pytest
 from world import World, config_of, sim
@@ -10,23 +11,29 @@ from mmd.config import Idle, Replicas
 from mmd.policy import Scheduler
 from mmd.policy.actions import Action
 from mmd.policy.events import Arrived, Event, Finished, Tick
+from mmd.policy.state import State
 
 _STEPS = 250
 
 
-class _Both(Scheduler):
-    """Handles each arrival and end in both ways, and compares."""
+class _Both:
+    """A scheduler that handles each arrival and end in both ways, and compares. (Compiled, it has no subclasses.)"""
 
     def __init__(self) -> None:
-        super().__init__()
+        self._scheduler = Scheduler()
+        self.deadline = self._scheduler.deadline
         self.at_once = 0
+
+    @property
+    def state(self) -> State:
+        return self._scheduler.state
 
     def handle(self, event: Event, now: float) -> list[Action]:
         if not isinstance(event, Arrived | Finished):
-            return super().handle(event, now)
+            return self._scheduler.handle(event, now)
         twin = self._twin()
         expected = twin._learn(event, now) + twin._settle(now)
-        actions = super().handle(event, now)
+        actions = self._scheduler.handle(event, now)
         self.at_once += bool(isinstance(event, Arrived) and actions)
         after = self._twin()
         assert sorted(map(str, actions + after.handle(Tick(), now))) == sorted(map(str, expected))
@@ -55,7 +62,7 @@ def test_requests_let_in_at_once_are_those_that_a_round_would_let_in(seed: int) 
     both = _Both()
     for event, now in world.trace:
         both.handle(event, now)
-    world.scheduler = both
+    world.scheduler = cast("Scheduler", both)
     for _ in range(_STEPS):
         match dice.randrange(10):
             case 0 | 1 | 2 | 3:

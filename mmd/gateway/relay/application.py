@@ -28,7 +28,7 @@ class _Pipe(asyncio.Transport):
         super().__init__()
         self._exchange: ApplicationExchange | None = exchange
         self._client: ClientConnection | None = client
-        self._real = client.transport
+        self._transport = client.transport
         self._handler = handler
         self._loop = asyncio.get_running_loop()
         self._closing = False
@@ -37,7 +37,7 @@ class _Pipe(asyncio.Transport):
     # What the handler calls.
 
     def get_extra_info(self, name: str, default: Any = None) -> Any:
-        return default if self._real is None else self._real.get_extra_info(name, default)
+        return default if self._transport is None else self._transport.get_extra_info(name, default)
 
     def is_closing(self) -> bool:
         return self._closing
@@ -56,7 +56,7 @@ class _Pipe(asyncio.Transport):
         """The limits are the client connection's."""
 
     def get_write_buffer_size(self) -> int:
-        return 0 if self._real is None else self._real.get_write_buffer_size()
+        return 0 if self._transport is None else self._transport.get_write_buffer_size()
 
     def is_reading(self) -> bool:
         return not self._closing
@@ -93,7 +93,7 @@ class _Pipe(asyncio.Transport):
         self.close()
 
     def _let_go(self) -> None:
-        client, self._client, self._exchange, self._real = self._client, None, None, None
+        client, self._client, self._exchange, self._transport = self._client, None, None, None
         if client is not None:
             client.hold_body(full=False)
 

@@ -292,8 +292,10 @@ class ClientConnection(asyncio.Protocol):
     def leave(self) -> bool:
         """Move to the gateway that comes after this one, with the request that waits, if there is one; False: not now."""
         heir, transport, exchange = self._host.heir, self.transport, self._exchange
+        if heir is None:
+            return False
         request = b"" if exchange is None else exchange.unsent()
-        if heir is None or transport is None or transport.is_closing() or self._closing or self._body or request is None:
+        if transport is None or transport.is_closing() or self._closing or self._body or request is None:
             return False
         if transport.get_write_buffer_size():
             self._loop.call_later(_FLUSH_S, self.leave)

@@ -1,6 +1,5 @@
 """What went through, per model: numbers in memory, no I/O for any request. Whoever wants them elsewhere reads them here."""
 
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Final
@@ -13,7 +12,9 @@ USAGE_TAIL_BYTES: Final = 2048
 # Chat and completions say prompt and completion, /v1/responses input and output, embeddings prompt alone.
 _PROMPT: Final = (b'"prompt_tokens"', b'"input_tokens"')
 _COMPLETION: Final = (b'"completion_tokens"', b'"output_tokens"')
-_NUMBER = re.compile(rb"\s*:\s*(\d{1,15})")
+# A number, the colon before it, and some white space around that.
+_NUMBER_MAX_BYTES: Final = 32
+_BETWEEN: Final = b": \t\r\n"
 
 
 @dataclass(slots=True)
@@ -59,6 +60,16 @@ def _tokens(tail: bytes, start: int, names: Sequence[bytes]) -> int:
     for name in names:
         at = tail.find(name, start)
         if at >= 0:
-            number = _NUMBER.match(tail, at + len(name))
-            return int(number[1]) if number else 0
+            return _number(tail, at + len(name))
     return 0
+
+
+def _number(text: bytes, start: int) -> int:
+    """The value of the field whose name ends at `start`; 0 if it is no number. A regular expression takes ten times as long."""
+    number = 0
+    for byte in text[start : start + _NUMBER_MAX_BYTES]:
+        if 0x30 <= byte <= 0x39:
+            number = 10 * number + byte - 0x30
+        elif number or byte not in _BETWEEN:
+            break
+    return number

@@ -119,13 +119,8 @@ class EngineConnections:
         self._closed = False
 
     def take(self) -> EngineConnection | None:
-        """A warm connection, if there is one."""
-        while self._idle:
-            connection = self._idle.pop()  # `gone` has taken out those that are closed
-            if self._loop.time() - connection.idle_since < _KEEPALIVE_S:
-                return connection
-            connection.abort()
-        return None
+        """A warm connection, if there is one: `gone` has taken out those that are closed, `_sweep` those too old."""
+        return self._idle.pop() if self._idle else None
 
     async def open(self) -> EngineConnection:
         """A fresh connection; EngineGoneError when nobody listens."""

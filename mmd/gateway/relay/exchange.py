@@ -48,26 +48,24 @@ def error_lines(error: ApiError) -> tuple[bytes, bytes, bytes]:
 class Exchange:
     """Begun by its client connection with a request's head; over when it has called `ClientConnection.answered`."""
 
-    # Defaults of the class rather than stores in __init__: this is made for every request.
-    upstream: Upstream | None = None
-    status: int = 0
-    started: bool = False
-    """Whether the head of an answer has gone to the client."""
-    over: bool = False
-    _parser: ResponseParser | None = None
-    _body: Body | None = None
-    _chunked: bool = False
-    _reusable: bool = False
-    _withheld: bool = False
-    """Not all of the content goes to the client."""
-    _passing: Chunked | None = None
-    """The answer's body, where both sides chunk it alike."""
-
     def __init__(self, client: "ClientConnection", request: RequestHead, length: int | None) -> None:
         """`length`: the request's Content-Length."""
         self.client = client
         self.request = request
         self.length = length
+        self.upstream: Upstream | None = None
+        self.status = 0
+        self.started = False
+        """Whether the head of an answer has gone to the client."""
+        self.over = False
+        self._parser: ResponseParser | None = None
+        self._body: Body | None = None
+        self._chunked = False
+        self._reusable = False
+        self._withheld = False
+        """Not all of the content goes to the client."""
+        self._passing: Chunked | None = None
+        """The answer's body, where both sides chunk it alike."""
 
     # What the client connection calls.
 

@@ -12,7 +12,6 @@ came out, with the digits of Content-Length cut out of the key. That saves a thi
 """
 
 from collections.abc import Iterable
-from functools import cached_property
 from typing import Final, Generic, TypeVar
 
 import httptools
@@ -130,11 +129,8 @@ class RequestHead(_Head):
         self.host: bytes | None = None
         self.continues = False
         """The client waits for `100 Continue` before it sends the body."""
-
-    @cached_property
-    def engine_lines(self) -> bytes:
+        self.engine_lines = b""
         """The fields that an engine gets."""
-        return b"".join(b"%b: %b\r\n" % (name, value) for lower, name, value in self.fields if lower not in _NOT_TO_ENGINE)
 
     def written(self, length: int) -> bytes:
         """The head of the same request with a body of `length` bytes, for another reader."""
@@ -144,7 +140,7 @@ class RequestHead(_Head):
             self.target,
             self.version.encode(),
             self.host or b"",
-            b"".join(b"%b: %b\r\n" % (name, value) for _, name, value in self.fields),
+            _lines(self.fields),
             connection,
             length,
         )
@@ -192,6 +188,7 @@ class RequestHead(_Head):
             raise MalformedError("a target has no fragment")
         self.path = self.target.partition(b"?")[0]
         self.continues = self.continues and version == "1.1"
+        self.engine_lines = _lines(field for field in self.fields if field[0] not in _NOT_TO_ENGINE)
 
     def _origin_form(self) -> None:
         """Absolute targets are legal (RFC 9112, 3.2.2), and name the host as well."""
@@ -208,6 +205,10 @@ class ResponseHead(_Head):
         super().__init__()
         self.status = 0
         self.reason = b""
+        self.bodiless = False
+        self.dated = False
+        self.lines = b""
+        """What a client gets of it, but for framing and Connection."""
 
     def take(self, name: bytes, value: bytes) -> None:
         lower = name.lower()
@@ -221,28 +222,31 @@ class ResponseHead(_Head):
         self.status = status
         if not self.reason.isascii() or not self.reason.decode().isprintable():
             self.reason = b""
-
-    @cached_property
-    def bodiless(self) -> bool:
-        return self.status < 200 or self.status in (204, 304)
-
-    @cached_property
-    def dated(self) -> bool:
-        return any(lower == b"date" for lower, _, _ in self.fields)
-
-    @cached_property
-    def lines(self) -> bytes:
-        """What a client gets of it, but for framing and Connection."""
-        return head_lines(self.status, self.reason, self.fields)
+        self.bodiless = status < 200 or status in (204, 304)
+        self.dated = any(lower == b"date" for lower, _, _ in self.fields)
+        self.lines = head_lines(status, self.reason, self.fields)
 
 
 def head_lines(status: int, reason: bytes, fields: Iterable[tuple[bytes, bytes, bytes]]) -> bytes:
     """The start of an answer's head. Which server there is behind us is nobody's business."""
-    lines = [b"%b: %b\r\n" % (name, value) for lower, name, value in fields if lower != b"server"]
-    return b"HTTP/1.1 %d %b\r\n" % (status, reason) + b"".join(lines)
+    return b"HTTP/1.1 %d %b\r\n%b" % (status, reason, _lines(field for field in fields if field[0] != b"server"))
+
+
+def _lines(fields: Iterable[tuple[bytes, bytes, bytes]]) -> bytes:
+    return b"".join([b"%b: %b\r\n" % (name, value) for _, name, value in fields])
 
 
 _H = TypeVar("_H", RequestHead, ResponseHead)
+
+
+def _number(data: bytes, start: int) -> tuple[int, int]:
+    """The number that begins at `start`, of `_LENGTH_DIGITS` at most, and where it ends: at `start` if there is none."""
+    number, at = 0, start
+    limit = min(len(data), start + _LENGTH_DIGITS)
+    while at < limit and 0x30 <= (digit := data[at]) <= 0x39:
+        number = 10 * number + digit - 0x30
+        at += 1
+    return number, at
 
 
 class KnownHeads(Generic[_H]):
@@ -261,11 +265,12 @@ class KnownHeads(Generic[_H]):
         """The head that `data` begins with, its Content-Length, and where it ends."""
         if self._last is not None:
             before, behind, head = self._last
-            if data.startswith(before):
-                at = len(before)
-                stop = data.find(b"\r", at, at + _LENGTH_DIGITS + 1)
-                if stop > at and data.startswith(behind, stop) and (digits := data[at:stop]).isdigit():
-                    return head, int(digits), stop + len(behind)
+            at = len(before)
+            if data[:at] == before:
+                length, stop = _number(data, at)
+                end = stop + len(behind)
+                if stop > at and data[stop:end] == behind:
+                    return head, length, end
         return self._find(data)
 
     def _find(self, data: bytes) -> tuple[_H, int | None, int] | None:
@@ -274,13 +279,12 @@ class KnownHeads(Generic[_H]):
         if at < 7:
             whole = self._heads.get(data[:end])
             return None if whole is None else (whole, whole.length, end)
-        stop = data.find(b"\r", at, end)
+        length, stop = _number(data, at)
         head = self._heads.get(data[:at] + data[stop:end])
-        digits = data[at:stop]
-        if head is None or not digits.isdigit() or len(digits) > _LENGTH_DIGITS:
+        if head is None or stop == at:
             return None
         self._last = data[:at], data[stop:end], head
-        return head, int(digits), end
+        return head, length, end
 
     def learn(self, head: _H, data: bytes) -> None:
         """Remember the head that `data`, all of it and nothing more, was parsed to."""
@@ -300,16 +304,14 @@ class KnownHeads(Generic[_H]):
 class _Parser:
     """Feeds one head to llhttp, piece by piece, and nothing that follows it."""
 
-    __slots__ = ("_done", "_last", "_parser", "_size")
-
-    _parser: "httptools.HttpRequestParser | httptools.HttpResponseParser"
+    __slots__ = ("_done", "_last", "_size")
 
     def __init__(self) -> None:
         self._done = False
         self._last = b""
         self._size = 0
 
-    def feed(self, data: bytes) -> int | None:
+    def feed(self, parser: "httptools.HttpRequestParser | httptools.HttpResponseParser", data: bytes) -> int | None:
         """How many bytes of `data` belong to the head, None while there must come more; MalformedError."""
         last = self._last
         if not last:
@@ -326,7 +328,7 @@ class _Parser:
         if self._size > HEAD_MAX_BYTES:
             raise MalformedError(f"the head is larger than {HEAD_MAX_BYTES >> 10} KiB", status=431)
         try:
-            self._parser.feed_data(data if end < 0 or end == len(data) else data[:end])
+            parser.feed_data(data if end < 0 or end == len(data) else data[:end])
         except httptools.HttpParserUpgrade:
             pass  # what follows the head is not llhttp's to see anyway
         except httptools.HttpParserCallbackError as error:
@@ -349,44 +351,48 @@ class _Parser:
 class RequestParser(_Parser):
     """One request's head."""
 
-    __slots__ = ("head", "on_header")
+    __slots__ = ("_parser", "head", "on_header")
 
     def __init__(self) -> None:
         super().__init__()
         self.head = RequestHead()
         self.on_header = self.head.take
-        self._parser: httptools.HttpRequestParser = httptools.HttpRequestParser(self)
+        self._parser: httptools.HttpRequestParser | None = httptools.HttpRequestParser(self)
 
     def on_url(self, url: bytes) -> None:
         self.head.target += url
 
     def parse(self, data: bytes) -> int | None:
         """As `feed`; once it returns a number, `head` is complete."""
-        end = self.feed(data)
+        parser = self._parser
+        assert parser is not None, "a head is parsed once"
+        end = self.feed(parser, data)
         if end is not None:
-            self.head.settle(self._parser.get_method(), self._parser.get_http_version())
-            del self._parser  # it knows our methods: a cycle for the garbage collector
+            self.head.settle(parser.get_method(), parser.get_http_version())
+            self._parser = None  # it knows our methods: a cycle for the garbage collector
         return end
 
 
 class ResponseParser(_Parser):
     """One response's head."""
 
-    __slots__ = ("head", "on_header")
+    __slots__ = ("_parser", "head", "on_header")
 
     def __init__(self) -> None:
         super().__init__()
         self.head = ResponseHead()
         self.on_header = self.head.take
-        self._parser: httptools.HttpResponseParser = httptools.HttpResponseParser(self)
+        self._parser: httptools.HttpResponseParser | None = httptools.HttpResponseParser(self)
 
     def on_status(self, reason: bytes) -> None:
         self.head.reason += reason
 
     def parse(self, data: bytes) -> int | None:
         """As `feed`; once it returns a number, `head` is complete."""
-        end = self.feed(data)
+        parser = self._parser
+        assert parser is not None, "a head is parsed once"
+        end = self.feed(parser, data)
         if end is not None:
-            self.head.settle(self._parser.get_status_code(), self._parser.get_http_version())
-            del self._parser
+            self.head.settle(parser.get_status_code(), parser.get_http_version())
+            self._parser = None
         return end

@@ -57,30 +57,27 @@ class Inference:
 class InferenceExchange(Exchange):
     """One inference request."""
 
-    _pieces: list[bytes] | None = None
-    _body_size: int = 0
-    _model: Model | None = None
-    _stream: bool = False
-    _request: bytes = b""
-    """The body as the engine gets it."""
-    _begun: float = 0.0
-    _place: Place | None = None
-    _task: asyncio.Task[None] | None = None
-    _connections: EngineConnections | None = None
-    _retried: bool = False
-    _events: bool = False
-    """The client gets an event stream, in which an error can be told at any time."""
-    _error: bytearray | None = None
-    """The engine's error, while it is collected to become an event."""
-    _sent: int = 0
-    _before: bytes = b""
-    _tail: bytes = b""
-
     def __init__(self, client: "ClientConnection", request: RequestHead, length: int | None, shared: Inference) -> None:
-        self.client = client  # as Exchange.__init__, which would be one more call for every request
-        self.request = request
-        self.length = length
+        super().__init__(client, request, length)
         self._shared = shared
+        self._pieces: list[bytes] | None = None
+        self._body_size = 0
+        self._model: Model | None = None
+        self._stream = False
+        self._request = b""
+        """The body as the engine gets it."""
+        self._begun = 0.0
+        self._place: Place | None = None
+        self._task: asyncio.Task[None] | None = None
+        self._connections: EngineConnections | None = None
+        self._retried = False
+        self._events = False
+        """The client gets an event stream, in which an error can be told at any time."""
+        self._error: bytearray | None = None
+        """The engine's error, while it is collected to become an event."""
+        self._sent = 0
+        self._before = b""
+        self._tail = b""
 
     # The request.
 

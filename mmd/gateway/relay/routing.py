@@ -7,21 +7,11 @@ import msgspec
 
 from mmd.config import Config, EngineKind, Model
 from mmd.gateway.api_error import ApiError, no_such_model
+from mmd.gateway.relay.fields import Routing, decode_fields, decode_routing
 
 __all__ = ["INFERENCE_PATHS", "find_model"]
 
 INFERENCE_PATHS: Final = ("/v1/chat/completions", "/v1/completions", "/v1/embeddings", "/v1/responses")
-
-
-class _Routing(msgspec.Struct):
-    """Fields that are not named here are skipped (and checked for their syntax) without making objects of them."""
-
-    model: object = None
-    stream: object = None
-
-
-_routing = msgspec.json.Decoder(_Routing)
-_fields = msgspec.json.Decoder(dict[str, msgspec.Raw])
 
 
 def find_model(body: bytes, config: Config) -> tuple[Model, bool, bytes]:
@@ -30,7 +20,7 @@ def find_model(body: bytes, config: Config) -> tuple[Model, bool, bytes]:
     ApiError 400 or 404 when the body does not name a model that exists.
     """
     try:
-        found = _routing.decode(body)
+        found = decode_routing(body)
     except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
         found = _decode(body)
     name = found.model
@@ -43,7 +33,7 @@ def find_model(body: bytes, config: Config) -> tuple[Model, bool, bytes]:
     return model, found.stream is True, body if name == upstream else _rename(body, upstream)
 
 
-def _decode(body: bytes) -> _Routing:
+def _decode(body: bytes) -> Routing:
     """What json takes and msgspec does not: NaN, UTF-16. Otherwise ApiError says what is wrong."""
     try:
         payload = json.loads(body)
@@ -51,13 +41,13 @@ def _decode(body: bytes) -> _Routing:
         raise ApiError(400, f"the body is not JSON: {error}", code="invalid_json") from error
     if not isinstance(payload, dict):
         raise ApiError(400, "the body must be a JSON object", code="invalid_json")
-    return _Routing(payload.get("model"), payload.get("stream"))
+    return Routing(payload.get("model"), payload.get("stream"))
 
 
 def _rename(body: bytes, name: str) -> bytes:
     """The same document for another model; everything else in it stays as it was written, to the digit."""
     try:
-        fields = _fields.decode(body)
+        fields = decode_fields(body)
     except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
         return json.dumps({**json.loads(body), "model": name}).encode()
     fields["model"] = msgspec.Raw(msgspec.json.encode(name))

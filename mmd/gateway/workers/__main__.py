@@ -20,7 +20,7 @@ from mmd.gateway.channel import Channel, from_memory, in_memory
 from mmd.gateway.log import log_to_journal
 from mmd.gateway.relay.inference import Inference
 from mmd.gateway.server import Server
-from mmd.gateway.workers.messages import Accept, Begin, Configured, Connection, Finish, Leave, Pulse, ToWorker
+from mmd.gateway.workers.messages import Accept, Begin, Configured, Connection, Counted, Finish, Leave, Pulse, ToWorker
 from mmd.gateway.workers.tally import Tally
 from mmd.gateway.workers.tenant import Tenant
 
@@ -50,7 +50,7 @@ class Worker:
         self._spawn(self._keep_pulse())
 
     def _configure(self, memory: int) -> None:
-        self._tenant.config = pickle.loads(from_memory(memory))  # noqa: S301 - its only writer is our parent
+        self._tenant.configure(pickle.loads(from_memory(memory)))  # noqa: S301 - its only writer is our parent
 
     def hear(self, message: ToWorker, fds: list[int]) -> None:
         match message:
@@ -84,7 +84,8 @@ class Worker:
     def pulse(self) -> None:
         """Say that we turn, and what came since the last time."""
         counters, self._inference.counters = self._inference.counters, {}
-        self._channel.send(Pulse(len(self._server.connections), counters))
+        counted = {name: Counted.of(each) for name, each in counters.items()}
+        self._channel.send(Pulse(len(self._server.connections), counted))
 
     def _give(self, connection: int, read: bytes, chunked: bool | None = None) -> None:
         self._channel.send(Connection(chunked), connection, *((in_memory(read),) if read else ()))

@@ -13,6 +13,7 @@ __all__ = [
     "Begin",
     "Configured",
     "Connection",
+    "Counted",
     "Drained",
     "Finish",
     "GiveBack",
@@ -137,11 +138,43 @@ class Connection(msgspec.Struct, frozen=True, tag=True):
     """Of an event stream whose head the client has already."""
 
 
+class Counted(msgspec.Struct, frozen=True):
+    """Counters on their way: msgspec asks a class for its annotations, and a compiled one has lost them."""
+
+    requests: int
+    statuses: dict[int, int]
+    received_bytes: int
+    sent_bytes: int
+    prompt_tokens: int
+    completion_tokens: int
+
+    @classmethod
+    def of(cls, found: Counters) -> "Counted":
+        return cls(
+            found.requests,
+            found.statuses,
+            found.received_bytes,
+            found.sent_bytes,
+            found.prompt_tokens,
+            found.completion_tokens,
+        )
+
+    def counters(self) -> Counters:
+        return Counters(
+            self.requests,
+            self.statuses,
+            self.received_bytes,
+            self.sent_bytes,
+            self.prompt_tokens,
+            self.completion_tokens,
+        )
+
+
 class Pulse(msgspec.Struct, frozen=True, tag=True):
     """Sent regularly: the worker turns."""
 
     connections: int
-    counters: dict[str, Counters]
+    counters: dict[str, Counted]
     """What has come since the last one, by model name."""
 
 

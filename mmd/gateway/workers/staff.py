@@ -206,8 +206,8 @@ class Staff:
 
     def _hear_pulse(self, worker: WorkerProcess, pulse: Pulse) -> None:
         worker.heard, worker.connections = self._loop.time(), pulse.connections
-        for name, counters in pulse.counters.items():
-            self._inference.counters_of(name).add(counters)
+        for name, counted in pulse.counters.items():
+            self._inference.counters_of(name).add(counted.counters())
         if not worker.prepared.is_set():
             worker.prepared.set()
             while self._homeless:

@@ -4,13 +4,13 @@ import asyncio
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import count
-from types import TracebackType
 
 import msgspec
 
 from mmd.config import Config, Model
 from mmd.gateway.api_error import ApiError
 from mmd.gateway.relay.engine import EngineConnections
+from mmd.gateway.relay.gate import Gate, Place
 from mmd.gateway.workers.messages import (
     Admitted,
     Ask,
@@ -39,18 +39,18 @@ class _Lent:
     revoked: bool = False
 
 
-class _Place:
+class _Place(Place):
     """A request that went through by a lease, was asked for, or both, one after the other."""
 
-    __slots__ = ("_answer", "_lent", "_model", "_number", "_tenant", "unit")
+    __slots__ = ("_answer", "_lent", "_model", "_number", "_tenant")
 
     def __init__(self, tenant: "Tenant", model: Model, lent: _Lent | None) -> None:
+        super().__init__(None if lent is None else lent.unit)
         self._tenant = tenant
         self._model = model
         self._lent = lent
         self._number = 0
         self._answer: asyncio.Future[UnitName] | None = None
-        self.unit = None if lent is None else lent.unit
         if lent is None:
             self._number, self._answer = tenant.ask(model)
 
@@ -84,18 +84,12 @@ class _Place:
         if lent is not None:
             self._tenant.end(lent)
 
-    def __enter__(self) -> "_Place":
-        return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        self.close()
-
-
-class Tenant:
-    """See mmd.gateway.relay.gate.Gate. `send` takes messages to the process that decides."""
+class Tenant(Gate):
+    """`send` takes messages to the process that decides."""
 
     def __init__(self, tally: Tally, send: Callable[[msgspec.Struct], None]) -> None:
-        self.config = Config()
+        self._config = Config()
         self._tally = tally
         self._send = send
         self._loop = asyncio.get_running_loop()
@@ -108,6 +102,13 @@ class Tenant:
         self._connections: dict[str, EngineConnections] = {}
 
     # The gate.
+
+    @property
+    def config(self) -> Config:
+        return self._config
+
+    def configure(self, config: Config) -> None:
+        self._config = config
 
     def request(self, model: Model) -> _Place:
         lent = self._lent.get(model.name)
@@ -169,14 +170,14 @@ class Tenant:
 
     def hear(self, message: Lease | Revoke | Admitted | Refused | Stage) -> None:
         match message:
-            case Lease(name, model, slot, endpoint):
-                self._take(_unit(name), model, slot, endpoint)
-            case Revoke(name):
-                self._return(_unit(name))
-            case Admitted(number, name, endpoint):
-                unit = _unit(name)
-                self._endpoints[unit] = endpoint
-                answer = self._answers.get(number)
+            case Lease():
+                self._take(_unit(message.unit), message.model, message.slot, message.endpoint)
+            case Revoke():
+                self._return(_unit(message.unit))
+            case Admitted():
+                unit = _unit(message.unit)
+                self._endpoints[unit] = message.endpoint
+                answer = self._answers.get(message.number)
                 if answer is not None and not answer.done():
                     answer.set_result(unit)
             case Refused():
@@ -184,10 +185,10 @@ class Tenant:
                 if answer is not None and not answer.done():
                     answer.set_exception(message.error())
                     answer.exception()  # the client may have left: nobody need look at it
-            case Stage(number, words):
-                stage = self._stages.get(number)
+            case Stage():
+                stage = self._stages.get(message.number)
                 if stage is not None and not stage.done():
-                    stage.set_result(words)
+                    stage.set_result(message.words)
 
     def _take(self, unit: UnitName, model: str, slot: int, endpoint: str) -> None:
         self._endpoints[unit] = endpoint

@@ -1,0 +1,18 @@
+"""What is decoded of a request's body. msgspec makes its classes of their annotations, which a compiled module has no more."""
+
+from typing import Final
+
+import msgspec
+
+__all__ = ["Routing", "decode_fields", "decode_routing"]
+
+
+class Routing(msgspec.Struct):
+    """Fields that are not named here are skipped (and checked for their syntax) without making objects of them."""
+
+    model: object = None
+    stream: object = None
+
+
+decode_routing: Final = msgspec.json.Decoder(Routing).decode
+decode_fields: Final = msgspec.json.Decoder(dict[str, msgspec.Raw]).decode
