@@ -9,8 +9,9 @@ medians of the rounds, ratios are taken in each round. wrk, the upstream and the
 Streams: their source and their sink are one small C program (streams.c), compiled here, which writes and checks every event.
 The proxy has a core for itself, source and sink share another one. Events come spread evenly, or in steps as those of an
 engine's batch. Added latency is a percentile through the proxy less that of the same sink on the source itself, in the same
-round; by how much the source was late is told, and no part of it. `waited` is how long the proxy had work and no core: where it
-is more than a few percent, the machine was busy with something else, and the latencies are its; --realtime keeps that away.
+round; by how much the source was late is told, and no part of it. `waited` is how long the proxy had work and no core: half a
+percent of it, in one piece, is enough to make a p99 of 10 ms that is the machine's and not the proxy's. --realtime keeps most
+of that away.
 
 Needs wrk, nginx and gcc. Nothing is asserted but that every answer was right.
 """

@@ -124,7 +124,7 @@ def print_table(rounds: Mapping[str, Sequence[Seen]]) -> None:
         line = f"  {name:8}" + "".join(f"{cell:9.3f}" for cell in cells)
         if name != "direct":
             line += f"{_median(seen.cores for seen in found):8.2f}{_median(seen.cpu_us for seen in found):10.1f}"
-            line += f"{_median(seen.waited for seen in found):8.0%}{_median(seen.rss_mib for seen in found):7.1f}"
+            line += f"{_median(seen.waited for seen in found):8.1%}{_median(seen.rss_mib for seen in found):7.1f}"
         print(line)
 
 

@@ -305,7 +305,7 @@ static int source(const char *path)
 /* The sink. */
 
 #define SETTLE_NS (NS_PER_S / 2) /* after the last stream has begun */
-#define RAMP_S 3                 /* at most, until all have begun, and settled */
+#define RAMP_S 4                 /* at most, until all have begun, and settled */
 #define LIMIT_S 30               /* beyond the measurement */
 #define BUCKETS 1000000          /* one per microsecond */
 #define FAULTS_SHOWN 5
