@@ -4,13 +4,20 @@ import os
 from collections.abc import Iterator
 
 import pytest
-from testbed import Installation, Testbed
+from testbed import Installation, Testbed, prepared_layer
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if "root_only" in getattr(item, "fixturenames", ()):
             item.add_marker(pytest.mark.system)
+
+
+def pytest_collection_finish(session: pytest.Session) -> None:
+    """Build the environment before the first test: downloads and the compiler may take longer than a test may."""
+    wanted = any(item.get_closest_marker("system") for item in session.items)
+    if wanted and os.geteuid() == 0 and not session.config.option.collectonly:
+        prepared_layer()
 
 
 @pytest.fixture(scope="session")

@@ -48,6 +48,11 @@ def test_a_second_run_changes_nothing_but_what_changed(installed: Installation) 
     assert len(models(installed)) >= 2
 
 
+def test_the_installed_relay_is_compiled(installed: Installation) -> None:
+    models(installed)  # starts the gateway
+    assert "relay compiled" in installed.journal("--unit=mmd-gateway.service", "--grep=ready: ")
+
+
 def test_a_configuration_is_never_overwritten(installed: Installation) -> None:
     mine = "# mine\ngpus: {provider: sim, devices: [{memory: 24GiB}]}\n"
     installed.configure(mine)
