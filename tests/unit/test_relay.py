@@ -425,6 +425,7 @@ def test_leaving_finishes_what_was_accepted(tmp_path: Path) -> None:
             await streaming.send(chat_bytes())
             await streaming.reader.readuntil(b"\r\n\r\na")
             left = asyncio.create_task(running.leave(20))
+            await asyncio.sleep(0.1)  # workers hear of it
             status, fields, _ = await fresh.ask(chat_bytes())
             assert (status, fields["connection"]) == (200, "close")
             assert await streaming.reader.readexactly(59) == b"a" * 59
