@@ -176,7 +176,7 @@ def test_a_client_far_ahead_is_not_read_further(tmp_path: Path, workers: int) ->
             assert (await connection.answer())[2] == OK
             for _ in range(1000):
                 assert (await connection.answer())[0] == 200
-            await connection.close()
+            connection.writer.transport.abort()  # closing would wait until all the others are answered
             await in_step(running)
 
     run(check())
