@@ -71,7 +71,7 @@ def content(lines: list[str]) -> list[str]:
 def test_a_stream_outlives_upgrades_and_its_model_stays_awake(machine: Installation) -> None:
     assert chat("a").status == 200
     with ThreadPoolExecutor(2) as pool:
-        answer = pool.submit(lambda: list(stream("a", max_tokens=120, ignore_eos=True)))
+        answer = pool.submit(lambda: list(stream("a", max_tokens=240, ignore_eos=True)))
         machine.wait_until(lambda: machine.status()["gateway"]["in_flight"] == 1)
         for _ in range(3):
             upgrade(machine)
@@ -82,7 +82,7 @@ def test_a_stream_outlives_upgrades_and_its_model_stays_awake(machine: Installat
         assert not answer.done()
         states = {model["name"]: model["state"] for model in machine.status()["models"]}
         assert states["a"] in ("ready", "draining"), states
-        assert len(content(answer.result(30))) == 120
+        assert len(content(answer.result(30))) == 240
         assert other.result(30).status == 200
     only_one(machine)
     assert "OutOfMemory" not in machine.journal("MMD_ROLE=model")

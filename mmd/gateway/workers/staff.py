@@ -86,6 +86,7 @@ class Staff:
         """Connections that came while there was no worker."""
         self._timer: asyncio.TimerHandle | None = None
         self._tasks: set[asyncio.Task[None]] = set()
+        self._burials: set[asyncio.Task[None]] = set()
 
     @property
     def pids(self) -> list[int]:
@@ -126,7 +127,9 @@ class Staff:
         self._workers.remove(worker)
         self._desks.pop(worker).close()
         self._lessor.forget(worker)
-        self._spawn(self._bury(worker))
+        burial = self._loop.create_task(self._bury(worker))
+        self._burials.add(burial)
+        burial.add_done_callback(self._burials.discard)
         if not self._ending:
             if self._loop.time() - worker.since > _LIVED_S:
                 self._delay_s = 0.0
@@ -173,6 +176,7 @@ class Staff:
             await asyncio.sleep(_POLL_S)
         for worker in self._workers:
             worker.kill()
+        await asyncio.gather(*self._burials)  # a gateway that has ended leaves no process behind
         if self._timer is not None:
             self._timer.cancel()
         for task in self._tasks:
