@@ -7,7 +7,7 @@ __all__ = ["Traffic"]
 
 # Half-life of the request rate: long against a swap (seconds), short against a working day.
 _RATE_WINDOW_S = 300.0
-_ONE = math.log(2) / _RATE_WINDOW_S
+_RATE_OF_ONE = math.log(2) / _RATE_WINDOW_S
 
 
 @dataclass(slots=True)
@@ -22,6 +22,6 @@ class Traffic:
 
     def count(self, now: float) -> None:
         """A request has come."""
-        self._rate = self.rate(now) + _ONE
+        self._rate = self.rate(now) + _RATE_OF_ONE
         self._at = now
         self.requests += 1
