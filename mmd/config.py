@@ -73,6 +73,8 @@ class Gateway(NamedTuple):
     queue_limit: int = 512
     wait_limit_s: float = 600.0
     loading_keepalive_s: float | None = 15.0
+    workers: int | None = None
+    """Processes that relay; None: as the machine's cores suggest."""
     drain_timeout_s: float = 300.0
 
 

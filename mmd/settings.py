@@ -57,7 +57,13 @@ _GATEWAY = Section(
             "the model answers.",
             "loading_keepalive_s",
         ),
-        Later("workers", "Relay processes.", only=1),
+        Setting(
+            "workers",
+            kinds.WORKERS,
+            "auto",
+            "Processes that relay. With 1 the gateway does so itself; with more, they share its sockets and it decides. auto: "
+            "one for every 8 CPU cores, 4 at most. A change takes effect without a gap.",
+        ),
         Setting(
             "drain_timeout",
             kinds.DURATION,

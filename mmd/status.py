@@ -50,6 +50,8 @@ class GatewayStatus:
     scope: str = "system"
     in_flight: int = 0
     waiting: int = 0
+    workers: int = 1
+    """Processes that relay."""
     systemd: str = "connected"
     """`connected`, or what is wrong."""
     reloaded: float | None = None

@@ -108,7 +108,8 @@ def details(model: ModelStatus, terminal: Terminal, now_s: float) -> list[str]:
 
 def _gateway(gateway: GatewayStatus, now_s: float) -> list[str]:
     traffic = f"{gateway.in_flight} in flight, {gateway.waiting} waiting"
-    lines = [f"mmd {gateway.version}, up {duration(now_s - gateway.since)}, pid {gateway.pid}; {traffic}"]
+    workers = f", {gateway.workers} workers" if gateway.workers > 1 else ""
+    lines = [f"mmd {gateway.version}, up {duration(now_s - gateway.since)}, pid {gateway.pid}{workers}; {traffic}"]
     if gateway.listen:
         lines.append(f"listening on {', '.join(gateway.listen)}")
     return lines

@@ -5,22 +5,15 @@ response says `x-should-retry: false`, which every failure that only a person ca
 """
 
 import json
-import logging
 import math
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Mapping
 from difflib import get_close_matches
-
-from aiohttp import web
 
 from mmd.config import Config
 from mmd.errors import MmdError
 from mmd.policy.actions import Refusal, Refuse
 
-__all__ = ["ApiError", "Handler", "error_content", "error_middleware", "no_such_model", "refused"]
-
-Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
-
-_log = logging.getLogger(__name__)
+__all__ = ["ApiError", "error_content", "no_such_model", "refused"]
 
 _STATUS: Mapping[Refusal, int] = {
     Refusal.UNKNOWN_MODEL: 404,
@@ -70,9 +63,6 @@ class ApiError(MmdError):
     def content(self) -> bytes:
         return json.dumps(self.body()).encode()
 
-    def response(self) -> web.Response:
-        return web.json_response(self.body(), status=self.status, headers=self.headers())
-
     def event(self) -> bytes:
         """The same as the end of a server-sent event stream whose 200 has gone out already."""
         return b"data: " + self.content() + b"\n\ndata: [DONE]\n\n"
@@ -102,31 +92,3 @@ def no_such_model(name: str, config: Config) -> ApiError:
     near = get_close_matches(name, names, n=1, cutoff=0.5)
     hint = f"; did you mean {near[0]!r}?" if near else "; GET /v1/models lists those that do"
     return ApiError(404, f"the model {name!r} does not exist{hint}", code="model_not_found", param="model")
-
-
-@web.middleware
-async def error_middleware(request: web.Request, handler: Handler) -> web.StreamResponse:
-    """Turn every failure of a handler into OpenAI's shape; an unexpected one is logged and says no more than that."""
-    try:
-        return await handler(request)
-    except ApiError as error:
-        return error.response()
-    except web.HTTPException as error:
-        if error.status < 400:
-            raise
-        return _plain(request, error).response()
-    except MmdError as error:
-        return ApiError(500, str(error), code="failed").response()
-    except (ConnectionError, TimeoutError):
-        raise
-    except Exception:
-        _log.exception("%s %s failed", request.method, request.path)
-        return ApiError(500, "internal error; see journalctl -u mmd-gateway", code="internal_error").response()
-
-
-def _plain(request: web.Request, error: web.HTTPException) -> ApiError:
-    if error.status == 404:
-        return ApiError(404, f"there is no {request.method} {request.path}", code="not_found")
-    if error.status == 405:
-        return ApiError(405, f"{request.path} does not take {request.method}", code="method_not_allowed")
-    return ApiError(error.status, error.text or error.reason, code="bad_request")

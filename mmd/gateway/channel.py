@@ -1,4 +1,4 @@
-"""Messages with file descriptors between two gateways of one machine: unix(7), SOCK_SEQPACKET and SCM_RIGHTS.
+"""Messages with file descriptors between two processes of the gateway: unix(7), SOCK_SEQPACKET and SCM_RIGHTS.
 
 A message is a msgspec structure as JSON. Descriptors that go with it are dup'ed into it by the kernel; the sender's are closed
 once it has been sent, the receiver's are the receiver's.
@@ -16,7 +16,7 @@ from typing import Any
 
 import msgspec
 
-__all__ = ["Channel"]
+__all__ = ["Channel", "from_memory", "in_memory"]
 
 _log = logging.getLogger(__name__)
 
@@ -118,6 +118,22 @@ class Channel:
         for _, fds in self._unsent:
             _close(fds)
         self._unsent.clear()
+
+
+def in_memory(data: bytes) -> int:
+    """A descriptor of a file that holds `data`, see memfd_create(2): a message has room for some kilobytes only."""
+    memory = os.memfd_create("mmd-message")
+    view = memoryview(data)
+    while view:
+        view = view[os.write(memory, view) :]
+    return memory
+
+
+def from_memory(descriptor: int) -> bytes:
+    """What `in_memory` put there; the descriptor is closed."""
+    with os.fdopen(descriptor, "rb") as file:
+        file.seek(0)
+        return file.read()
 
 
 def _close(fds: Sequence[int]) -> None:

@@ -2,6 +2,8 @@
 
 import asyncio
 import logging
+import os
+import signal
 import time
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
@@ -13,6 +15,7 @@ from mmd.config import AdminAuth, Config, EngineKind
 from mmd.errors import MmdError
 from mmd.gateway.admin import AdminApi
 from mmd.gateway.api_error import ApiError
+from mmd.gateway.application import ApplicationServer
 from mmd.gateway.dispatcher import Dispatcher
 from mmd.gateway.gauges import Gauges, host_ram_bytes
 from mmd.gateway.handover import Predecessor
@@ -22,8 +25,8 @@ from mmd.gateway.memory import Memory
 from mmd.gateway.openai import OpenAiApi
 from mmd.gateway.relay.inference import Inference
 from mmd.gateway.relief import Guests, relieve
-from mmd.gateway.server import Server
 from mmd.gateway.snapshot import Snapshot
+from mmd.gateway.workers.staff import Staff, worker_count
 from mmd.gpu import GpuProvider, open_provider
 from mmd.load import Loaded, load
 from mmd.policy.events import Paused, Sampled
@@ -54,7 +57,8 @@ class Daemon:
         self._scope = scope
         self._systemd = systemd
         self._sockets = tuple(sockets)
-        self._servers: list[Server] = []
+        self._servers: list[ApplicationServer] = []
+        self._staff: Staff | None = None
         self._background: list[asyncio.Task[None]] = []
         self._memory = Memory(self._open_gpus, self._on_sample)
         sleepers = runtime_dir / "sleepers.json"
@@ -85,11 +89,15 @@ class Daemon:
         self._gauges.use(self.dispatcher.config)
         await self._memory.first(_FIRST_SAMPLE_S)
         self._make_servers()
+        if self._staff is not None:
+            await self._staff.prepare(self.snapshot.workers)
         if predecessor is not None:
             predecessor.prepared()
             await self._guests.take_over(predecessor, await predecessor.taken)
         for server in self._servers:
             await server.start()
+        if self._staff is not None:
+            self._staff.accept()
 
     def _make_servers(self) -> None:
         api = OpenAiApi(self.dispatcher)
@@ -100,10 +108,17 @@ class Daemon:
             "mmd-admin": [*api.routes(), *admin.routes()],
             "mmd-admin-tcp": [*api.routes(), *over_tcp],
         }
+        workers = self.snapshot.workers = worker_count(self.dispatcher.config.gateway.workers)
         for name, found in routes.items():
             sockets = [listening.socket for listening in self._sockets if listening.name == name]
-            if sockets:
-                self._servers.append(Server(name, self.inference, found, sockets))
+            if not sockets:
+                continue
+            shared = workers > 1 and name == "mmd-api"
+            server = ApplicationServer(name, self.inference, found, () if shared else sockets)
+            self._servers.append(server)
+            if shared:
+                self._staff = Staff(self.dispatcher, self.inference, sockets, server.adopt)
+                server.heir = self._staff.give
 
     def _use(self, loaded: Loaded) -> None:
         for problem in loaded.problems:
@@ -121,6 +136,10 @@ class Daemon:
             return {"changed": [], "added": [], "removed": [], "problems": list(map(str, loaded.problems))}
         self._use(loaded)
         self._gauges.use(loaded.config)
+        if self._staff is not None:
+            self._staff.configure(loaded.config)
+        if worker_count(loaded.config.gateway.workers) != self.snapshot.workers:
+            os.kill(os.getpid(), signal.SIGUSR2)  # a fresh process has as many as it should
         if loaded.config.gpus != before.gpus:
             await self._memory.reopen()
         await self.dispatcher.resynchronise()
@@ -167,13 +186,15 @@ class Daemon:
 
     async def hand_over(self, command: Sequence[str], announce: Callable[[int], None]) -> bool:
         """Let a fresh gateway go on, see mmd.gateway.relief; True when this one has nothing left to do."""
-        return await relieve(command, self._sockets, self.dispatcher, self._servers, self._guests, announce)
+        return await relieve(command, self._sockets, self.dispatcher, self._servers, self._guests, self._staff, announce)
 
     async def stop(self) -> None:
         """Accept nothing more, finish what was accepted, leave the models running."""
         for server in self._servers:
             await server.stop_accepting()
         timeout_s = self.dispatcher.config.gateway.drain_timeout_s
+        if self._staff is not None:
+            await self._staff.finish(timeout_s)
         await asyncio.gather(*(server.drain(timeout_s) for server in self._servers))
         with suppress(TimeoutError):  # systemd ends what is left of the unit after us, those that we have relieved as well
             async with asyncio.timeout(timeout_s):

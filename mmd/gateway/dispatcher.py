@@ -8,7 +8,7 @@ import asyncio
 import logging
 from collections.abc import Coroutine, Mapping
 from itertools import count
-from typing import Any
+from typing import Any, Protocol
 
 from mmd.config import Config, Model
 from mmd.errors import MmdError
@@ -16,8 +16,11 @@ from mmd.gateway.api_error import ApiError, refused
 from mmd.gateway.lesson_book import LessonBook
 from mmd.gateway.lifecycle import Lifecycle
 from mmd.gateway.outcome import Outcome, held_bytes
+from mmd.gateway.relay.engine import EngineConnections
+from mmd.gateway.relay.gate import Gate, Place
+from mmd.gateway.stage import model_state
 from mmd.names import UnitName
-from mmd.policy.actions import Action, Admit, Refuse, Sleep, Start, UnitAction, Wake
+from mmd.policy.actions import Action, Admit, Lend, Recall, Refuse, Sleep, Start, UnitAction, Wake
 from mmd.policy.events import (
     Arrived,
     Cancelled,
@@ -31,6 +34,7 @@ from mmd.policy.events import (
     Phase,
     Reconfigured,
     Reset,
+    Staffed,
     Tick,
     Unreachable,
 )
@@ -39,7 +43,7 @@ from mmd.policy.scheduler import Scheduler
 from mmd.systemd.client import Systemd
 from mmd.systemd.unit import UnitState
 
-__all__ = ["Dispatcher", "Ticket"]
+__all__ = ["Dispatcher", "Lender", "Ticket"]
 
 _PAUSE_POLL_S = 0.1
 
@@ -49,13 +53,10 @@ _log = logging.getLogger(__name__)
 _ARM_S = 0.05
 
 
-class Ticket:
-    """One request's place with the scheduler: waiting, admitted to an instance, or over. Close it, or use it in a `with`.
+class Ticket(Place):
+    """One request's place with the scheduler."""
 
-    Closing gives the place back, in whatever state it is: a client that goes away while it waits costs nothing.
-    """
-
-    __slots__ = ("_admission", "_dispatcher", "model", "request", "unit")
+    __slots__ = ("_admission", "_dispatcher", "model", "request")
 
     def __init__(
         self,
@@ -66,19 +67,17 @@ class Ticket:
         unit: UnitName | None = None,
         admission: "asyncio.Future[UnitName] | None" = None,
     ) -> None:
+        super().__init__(unit)
         self._dispatcher = dispatcher
         self._admission = admission
         self.request = request
         self.model = model
-        self.unit = unit
-        """The instance that it was admitted to at once; None: wait for `admitted`."""
 
     @property
     def waiting(self) -> bool:
         return self._admission is not None and not self._admission.done()
 
     async def admitted(self, timeout_s: float | None = None) -> UnitName | None:
-        """The instance to forward to, None when `timeout_s` passed first; ApiError when the request is turned away."""
         if self._admission is None:
             return self.unit
         if not self._admission.done():
@@ -86,20 +85,28 @@ class Ticket:
         return self._admission.result() if self._admission.done() else None
 
     def unreachable(self) -> None:
-        """Nobody listened at the instance: wait for another admission."""
         self._admission = self._dispatcher.readmit(self.request)
 
     def close(self) -> None:
         self._dispatcher.give_back(self.request, self._admission)
 
-    def __enter__(self) -> "Ticket":
-        return self
 
-    def __exit__(self, *_: object) -> None:
-        self.close()
+class Lender(Protocol):
+    """Who tells the gateway's workers what the scheduler lends them, see mmd.policy.leases."""
+
+    def lend(self, unit: UnitName) -> None: ...
+
+    def renew(self, unit: UnitName) -> None:
+        """The unit was looked at again: its engine may listen elsewhere."""
+
+    def recall(self, unit: UnitName) -> None:
+        """Answer by `Returned`, later."""
+
+    def survey(self) -> None:
+        """Tell the scheduler, by `Surveyed`, what workers have in flight."""
 
 
-class Dispatcher:
+class Dispatcher(Gate):
     def __init__(self, lifecycle: Lifecycle, systemd: Systemd, book: LessonBook) -> None:
         self.scheduler = Scheduler()
         self.lifecycle = lifecycle
@@ -107,6 +114,7 @@ class Dispatcher:
         """Another gateway decides."""
         self.outcomes: dict[UnitName, Outcome] = {}
         """The last finished action on each unit."""
+        self._lender: Lender | None = None
         self._systemd = systemd
         self._book = book
         self._written: dict[str, Lesson] = {}
@@ -150,6 +158,25 @@ class Dispatcher:
         self.post(Arrived(request, model.name, operator))
         return Ticket(self, request, model, admission=admission)
 
+    def lend_to(self, lender: Lender) -> None:
+        """There are workers: lend them what may be lent."""
+        self._lender = lender
+        self.post(Staffed())
+
+    def survey(self) -> None:
+        """Bring what is in flight up to date, for somebody who looks."""
+        if self._lender is not None:
+            self._lender.survey()
+
+    def lost(self, unit: UnitName, model: Model) -> Ticket:
+        """A worker's request, let in by a lease, found nobody listening at `unit`: it waits for another admission."""
+        if unit not in self.scheduler.state.instances:
+            return self.request(model)
+        (request,) = self.inherit(unit, 1, None)
+        ticket = Ticket(self, request, model, unit=unit)
+        ticket.unreachable()
+        return ticket
+
     def inherit(self, unit: UnitName, count: int, idle_s: float | None) -> list[int]:
         """Reckon with `count` requests that another process serves at a unit; each is over when it is given to `forgo`."""
         requests = [next(self._requests) for _ in range(count)]
@@ -159,13 +186,23 @@ class Dispatcher:
     def forgo(self, request: int) -> None:
         self.post(Finished(request))
 
+    def endpoint(self, unit: UnitName) -> str | None:
+        return self.lifecycle.endpoint(unit)
+
+    def connections(self, endpoint: str) -> EngineConnections:
+        return self.lifecycle.engines.connections(endpoint)
+
+    async def stage(self, model: Model) -> str:
+        return model_state(self.scheduler.state, model).value
+
     async def pause(self) -> None:
         """Begin nothing more, and wait until no engine is on its way to sleep or awake: half-way nobody could take it over.
 
         Units that systemd is starting or stopping are no matter: whoever comes next sees them do so.
         """
         self.post(Paused(True))
-        while any(isinstance(instance.pending, Sleep | Wake) for instance in self.scheduler.state.instances.values()):
+        state = self.scheduler.state
+        while state.lent or any(isinstance(instance.pending, Sleep | Wake) for instance in state.instances.values()):
             await self.next_change(_PAUSE_POLL_S)
 
     def resume(self) -> None:
@@ -213,6 +250,12 @@ class Dispatcher:
                 if not admission.done():
                     admission.set_exception(refused(action))
                     admission.exception()  # the client may have left: nobody need look at it
+            case Lend(unit):
+                assert self._lender is not None
+                self._lender.lend(unit)
+            case Recall(unit):
+                assert self._lender is not None
+                self._lender.recall(unit)
             case _:
                 _log.info("%s %s", type(action).__name__.lower(), action.unit)
                 self.spawn(self._act(action))
@@ -283,6 +326,8 @@ class Dispatcher:
         try:
             while (state := self._unread.pop(unit, None)) is not None:
                 self.post(await self.lifecycle.observe(state))
+                if self._lender is not None:
+                    self._lender.renew(unit)
         finally:
             self._reading.discard(unit)
 

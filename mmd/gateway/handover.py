@@ -20,7 +20,7 @@ from contextlib import suppress
 import msgspec
 
 from mmd.errors import MmdError
-from mmd.gateway.channel import Channel
+from mmd.gateway.channel import Channel, from_memory, in_memory
 from mmd.systemd.activation import ListenSocket
 
 __all__ = ["Client", "Predecessor", "Successor", "Taken", "UnitTaken"]
@@ -133,7 +133,7 @@ class Successor:
     def give(self, client: Client, connection: int, data: bytes) -> None:
         """Hand a connection over, with what was read of it."""
         assert self._channel is not None
-        self._channel.send(client, connection, *((_in_memory(data),) if data else ()))
+        self._channel.send(client, connection, *((in_memory(data),) if data else ()))
 
     def dismiss(self) -> None:
         """End one that is of no use."""
@@ -143,15 +143,6 @@ class Successor:
         if self._process_id is not None:
             with suppress(ProcessLookupError):
                 os.kill(self._process_id, signal.SIGKILL)  # its channel was open a moment ago, so the process id is still its
-
-
-def _in_memory(data: bytes) -> int:
-    """A descriptor of a file that holds `data`: a message has room for some kilobytes only."""
-    memory = os.memfd_create("mmd-client")
-    view = memoryview(data)
-    while view:
-        view = view[os.write(memory, view) :]
-    return memory
 
 
 def _spawn(command: Sequence[str], end: int) -> int:
@@ -197,11 +188,7 @@ class Predecessor:
                 self.on_elder(Predecessor(socket.socket(fileno=fds[0])), in_flight)
 
     def _hear_client(self, client: Client, connection: int, memory: int | None = None) -> None:
-        data = b""
-        if memory is not None:
-            with os.fdopen(memory, "rb") as file:
-                file.seek(0)
-                data = file.read()
+        data = b"" if memory is None else from_memory(memory)
         if self.on_client is not None:
             self.on_client(client, socket.socket(fileno=connection), data)
 

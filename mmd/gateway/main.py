@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 import uvloop
 
 from mmd.errors import MmdError
+from mmd.gateway.log import log_to_journal
 from mmd.gateway.relay import compiled
 from mmd.scope import Scope, ScopeKind
 from mmd.systemd.activation import ListenSocket, listen_sockets
@@ -32,15 +33,6 @@ __all__ = ["main"]
 _log = logging.getLogger("mmd.gateway")
 
 _PATIENCE_S = 30.0
-
-# sd-daemon(3): a line that begins with <N> gets that priority in the journal.
-_PRIORITIES = {logging.DEBUG: 7, logging.INFO: 6, logging.WARNING: 4, logging.ERROR: 3, logging.CRITICAL: 2}
-
-
-class _JournalFormatter(logging.Formatter):
-    def format(self, record: logging.LogRecord) -> str:
-        prefix = f"<{_PRIORITIES.get(record.levelno, 6)}>"
-        return "\n".join(prefix + line for line in super().format(record).splitlines())
 
 
 async def _run(scope: Scope, take_over: int | None, notifier: Notifier) -> None:
@@ -153,9 +145,7 @@ def main() -> None:
     parser.add_argument("--user", action="store_true", help="serve the caller's own instance (systemctl --user)")
     parser.add_argument("--take-over", type=int, metavar="FD", help=argparse.SUPPRESS)  # a gateway's, for its successor
     arguments = parser.parse_args()
-    handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(_JournalFormatter("%(message)s"))
-    logging.basicConfig(level=logging.INFO, handlers=[handler])
+    log_to_journal()
     scope = Scope.user() if arguments.user else Scope.system()
     if arguments.take_over is None and os.environ.get("LISTEN_PID") != str(os.getpid()):
         manager = "systemctl --user" if arguments.user else "systemctl"

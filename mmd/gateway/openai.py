@@ -7,7 +7,7 @@ from aiohttp import web
 from mmd.config import Model
 from mmd.gateway.api_error import no_such_model
 from mmd.gateway.dispatcher import Dispatcher
-from mmd.gateway.snapshot import model_state
+from mmd.gateway.stage import model_state
 
 __all__ = ["OpenAiApi"]
 

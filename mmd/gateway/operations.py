@@ -11,7 +11,8 @@ from mmd.engines import engine
 from mmd.gateway.api_error import ApiError
 from mmd.gateway.dispatcher import Dispatcher
 from mmd.gateway.outcome import Outcome, held_bytes
-from mmd.gateway.snapshot import Snapshot, instance_state, model_state
+from mmd.gateway.snapshot import Snapshot
+from mmd.gateway.stage import instance_state, model_state
 from mmd.names import UnitName
 from mmd.policy.actions import Sleep, Start, Stop, Wake
 from mmd.policy.admission import lacking
@@ -148,8 +149,8 @@ class Operations:
         return instance.release is None and instance.pending is None and instance.phase is Phase.SLEEPING
 
     def _leaving_words(self, instance: Instance | None) -> str:
-        if instance is not None and instance.pending is None and instance.in_flight:
-            return f"waiting for {len(instance.in_flight)} requests to finish"
+        if instance is not None and instance.pending is None and instance.load:
+            return f"waiting for {instance.load} requests to finish"
         return "stopping" if instance is None or instance.release is None or instance.release.level == 0 else "going to sleep"
 
     def _farewell(self, model: Model, units: Sequence[UnitName], level: int, refused: Mapping[UnitName, Outcome]) -> Progress:

@@ -10,6 +10,7 @@ from mmd.errors import MmdError
 from mmd.gateway.dispatcher import Dispatcher
 from mmd.gateway.handover import Client, Predecessor, Successor, Taken, UnitTaken
 from mmd.gateway.server import Server
+from mmd.gateway.workers.staff import Staff
 from mmd.names import UnitName
 from mmd.policy.events import Phase
 from mmd.systemd.activation import ListenSocket
@@ -101,6 +102,7 @@ async def relieve(
     dispatcher: Dispatcher,
     servers: Sequence[Server],
     guests: Guests,
+    staff: Staff | None,
     announce: Callable[[int], None],
 ) -> bool:
     """Start a successor by `command` and hand everything over to it, after `announce` was told its process id.
@@ -126,14 +128,17 @@ async def relieve(
     guests.move_to(successor)
     for server in servers:
         server.hand_over(partial(_give, successor, server.name))
+    if staff is not None:
+        staff.leave(partial(_give, successor, "mmd-api"))
     dispatcher.retire()
     _log.info("process %d takes over; %d requests are finished here", process_id, sum(u.in_flight for u in known.values()))
     told = {unit: each.in_flight for unit, each in known.items()}
-    while any(server.connections for server in servers):
+    while any(server.connections for server in servers) or not (staff is None or staff.left):
         if gone.is_set():
             for server in servers:
                 server.leaving, server.heir = True, None
         await asyncio.sleep(_COUNT_S)
+        dispatcher.survey()
         for unit, each in _known(dispatcher, theirs).items():
             if each.in_flight != told.get(unit):
                 told[unit] = each.in_flight
@@ -151,7 +156,7 @@ def _known(dispatcher: Dispatcher, theirs: set[int]) -> dict[str, UnitTaken]:
     return {
         str(unit): UnitTaken(
             level=instance.level if instance.phase is Phase.SLEEPING else 0,
-            in_flight=len(instance.in_flight - theirs),
+            in_flight=len(instance.in_flight - theirs) + instance.elsewhere,
             idle_s=now - instance.last_activity if instance.last_activity else None,
         )
         for unit, instance in dispatcher.scheduler.state.instances.items()

@@ -2,7 +2,7 @@
 
 The listening sockets belong to systemd. While no gateway accepts, connections wait in the kernel's queue, so a restart refuses
 nobody. Leaving takes care of three kinds of connection: those with a request in hand finish it (the answer says `Connection:
-close`); those that were accepted but have not spoken yet get `_GRACE_S` to do so; idle kept-alive ones are closed after it.
+close`); those that were accepted but have not spoken yet get `GRACE_S` to do so; idle kept-alive ones are closed after it.
 """
 
 import asyncio
@@ -10,16 +10,12 @@ import logging
 import socket
 from collections.abc import Callable, Iterable
 
-from aiohttp import web
-
-from mmd.gateway.api_error import error_middleware
-from mmd.gateway.relay.application import ApplicationExchange
 from mmd.gateway.relay.client import ClientConnection
 from mmd.gateway.relay.exchange import Exchange
 from mmd.gateway.relay.head import RequestHead
 from mmd.gateway.relay.inference import Inference, InferenceExchange
 
-__all__ = ["BACKLOG", "Heir", "Server"]
+__all__ = ["BACKLOG", "GRACE_S", "Heir", "Server"]
 
 Heir = Callable[[int, bytes, bool | None], None]
 """Takes a connection: its descriptor, what was read of it, and whether the event stream that has begun on it is chunked."""
@@ -28,17 +24,22 @@ _log = logging.getLogger(__name__)
 
 # asyncio calls listen() again on the inherited socket, with its own backlog: pass the unit's, or it shrinks (listen(2)).
 BACKLOG = 1024
-_GRACE_S = 0.5
+GRACE_S = 0.5
 _POLL_S = 0.02
 _CHECK_S = 1.0
 
+# How many clients to look at in one go, and when to go on: a thousand at once would keep events of streams waiting for 0.5 ms.
+_CHECK_AT_ONCE = 64
+_CHECK_PAUSE_S = 0.002
+
 
 class Server:
-    """Inference by the relay, and some routes of an application, on some listening sockets."""
+    """Inference by the relay, on some listening sockets; other requests are another process's to answer."""
 
     def __init__(
-        self, name: str, inference: Inference, routes: Iterable[web.AbstractRouteDef], sockets: Iterable[socket.socket]
+        self, name: str, inference: Inference, sockets: Iterable[socket.socket], *, elsewhere: Heir | None = None
     ) -> None:
+        """`elsewhere`: takes the connections with requests that nobody answers here."""
         self.name = name
         self.connections: set[ClientConnection] = set()
         self.leaving = False
@@ -46,20 +47,13 @@ class Server:
         self._inference = inference
         self._inference_paths = inference.paths
         self._sockets = tuple(sockets)
+        self._elsewhere = elsewhere
         self._loop = asyncio.get_running_loop()
-        app = web.Application(middlewares=[error_middleware])
-        app.add_routes(routes)
-        # handler_cancellation: a client that goes away cancels its handler. shutdown_timeout: `drain` has waited already.
-        self._runner = web.AppRunner(
-            app, handle_signals=False, handler_cancellation=True, access_log=None, shutdown_timeout=_GRACE_S
-        )
-        self.application: web.Server | None = None
         self._listeners: list[asyncio.Server] = []
         self._checker: asyncio.TimerHandle | None = None
+        self._unchecked: list[ClientConnection] = []
 
     async def start(self) -> None:
-        await self._runner.setup()
-        self.application = self._runner.server
         for listening in self._sockets:
             make = self._loop.create_unix_server if listening.family == socket.AF_UNIX else self._loop.create_server
             self._listeners.append(await make(self._connect, sock=listening, backlog=BACKLOG))
@@ -88,19 +82,31 @@ class Server:
         for connection in tuple(self.connections):
             connection.leave()
 
-    def exchange(self, client: ClientConnection, request: RequestHead, length: int | None) -> Exchange:
-        """Who answers this request: the relay itself, or the application."""
+    def exchange(self, client: ClientConnection, request: RequestHead, length: int | None) -> Exchange | None:
+        """Who answers this request: the relay itself, or `other`."""
         if request.path in self._inference_paths:
             return InferenceExchange(client, request, length, self._inference)
-        assert self.application is not None
-        return ApplicationExchange(client, request, length, self.application)
+        return self.other(client, request, length)
+
+    def other(self, client: ClientConnection, request: RequestHead, length: int | None) -> Exchange | None:
+        """Who answers a request that is not for inference; None: another process."""
+        del client, request, length
+        return None
+
+    def pass_on(self, connection: int, read: bytes) -> None:
+        """Hand over a connection with a request that nobody answers here."""
+        assert self._elsewhere is not None
+        self._elsewhere(connection, read, None)
 
     def _check(self) -> None:
         """Look for silent clients; one timer for all of them costs less than one each."""
+        if not self._unchecked:
+            self._unchecked = list(self.connections)
         now = self._loop.time()
-        for connection in tuple(self.connections):
+        for connection in self._unchecked[-_CHECK_AT_ONCE:]:
             connection.check(now)
-        self._checker = self._loop.call_later(_CHECK_S, self._check)
+        del self._unchecked[-_CHECK_AT_ONCE:]
+        self._checker = self._loop.call_later(_CHECK_PAUSE_S if self._unchecked else _CHECK_S, self._check)
 
     async def stop_accepting(self) -> None:
         """From now on new connections wait for the next gateway."""
@@ -113,7 +119,7 @@ class Server:
         self.leaving, self.heir = True, None
         begun = self._loop.time()
         while (waited := self._loop.time() - begun) < timeout_s:
-            if not self._busy() and (not self.connections or waited >= _GRACE_S):
+            if not self._busy() and (not self.connections or waited >= GRACE_S):
                 break
             await asyncio.sleep(_POLL_S)
         if busy := self._busy():
@@ -122,7 +128,6 @@ class Server:
             self._checker.cancel()
         for connection in tuple(self.connections):
             connection.abort() if connection.busy else connection.close()
-        await self._runner.cleanup()
 
     def _busy(self) -> int:
         return sum(connection.busy for connection in self.connections)

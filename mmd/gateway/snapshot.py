@@ -3,69 +3,25 @@
 import math
 import os
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 
 from mmd import __version__
-from mmd.config import EngineKind, Model
+from mmd.config import Model
 from mmd.gateway.dispatcher import Dispatcher
 from mmd.gateway.gauges import Gauges
 from mmd.gateway.memory import Memory
 from mmd.gateway.outcome import held_bytes
 from mmd.gateway.reckoning import reckoning
+from mmd.gateway.stage import instance_state, model_state
 from mmd.names import UnitName
-from mmd.policy.actions import Sleep, Start, Stop, Wake
 from mmd.policy.events import Phase
 from mmd.policy.instance import Instance
 from mmd.policy.ledger import RAM, plus
 from mmd.policy.state import State
 from mmd.sizes import vram_bytes
-from mmd.status import GatewayStatus, GpuStatus, InstanceStatus, ModelState, ModelStatus, ResourceStatus, Status
+from mmd.status import GatewayStatus, GpuStatus, InstanceStatus, ModelStatus, ResourceStatus, Status
 
-__all__ = ["Snapshot", "instance_state", "model_state"]
-
-_STATES: Mapping[Phase, ModelState] = {
-    Phase.STARTING: ModelState.STARTING,
-    Phase.READY: ModelState.READY,
-    Phase.SLEEPING: ModelState.SLEEPING,
-    Phase.STOPPING: ModelState.STOPPING,
-    Phase.FAILED: ModelState.FAILED,
-    Phase.STOPPED: ModelState.STOPPED,
-}
-
-# Of several instances the one that serves best speaks for the model.
-_BEST_FIRST = (
-    ModelState.READY,
-    ModelState.DRAINING,
-    ModelState.WAKING,
-    ModelState.STARTING,
-    ModelState.SLEEPING,
-    ModelState.STOPPING,
-    ModelState.FAILED,
-)
-
-
-def instance_state(instance: Instance) -> ModelState:
-    match instance.pending:
-        case Start():
-            return ModelState.STARTING
-        case Wake():
-            return ModelState.WAKING
-        case Sleep():
-            return ModelState.DRAINING
-        case Stop():
-            return ModelState.STOPPING
-    if instance.phase is Phase.READY and not instance.gate_open:
-        return ModelState.DRAINING
-    return _STATES[instance.phase]
-
-
-def model_state(state: State, model: Model) -> ModelState:
-    if model.engine is EngineKind.EXTERNAL:
-        return ModelState.EXTERNAL
-    states = {instance_state(instance) for instance in state.instances_of(model)}
-    best = next((candidate for candidate in _BEST_FIRST if candidate in states), ModelState.STOPPED)
-    failures = state.failures.get(model.name)
-    return ModelState.FAILED if best is ModelState.STOPPED and failures and failures.final else best
+__all__ = ["Snapshot"]
 
 
 class Snapshot:
@@ -78,11 +34,13 @@ class Snapshot:
         self._scope = scope
         self._pid = os.getpid()
         self._since = time.time()
+        self.workers = 1
         self.reloaded: float | None = None
         self.problems: tuple[str, ...] = ()
         self.systemd = "connected"
 
     def status(self) -> Status:
+        self._dispatcher.survey()
         state = self._dispatcher.scheduler.state
         names = {model.id for model in state.config.models.values()}
         orphans = [instance for unit, instance in sorted(state.instances.items()) if unit.id not in names]
@@ -97,8 +55,9 @@ class Snapshot:
             since=self._since,
             listen=state.config.gateway.listen,
             scope=self._scope,
-            in_flight=len(state.admitted),
+            in_flight=len(state.admitted) + sum(i.elsewhere for i in state.instances.values()),
             waiting=len(state.waiting),
+            workers=self.workers,
             systemd=self.systemd,
             reloaded=self.reloaded,
             problems=self.problems,
@@ -154,7 +113,7 @@ class Snapshot:
             vram_bytes=vram_bytes(model),
             gpus=model.gpu_count,
             reckoning=reckoning(state, model),
-            in_flight=sum(len(i.in_flight) for i in instances),
+            in_flight=sum(i.load for i in instances),
             waiting=len(state.queues.get(model.name, ())),
             requests=traffic.requests if traffic else 0,
             pinned=model.pin,
@@ -172,7 +131,7 @@ class Snapshot:
             state=instance_state(instance),
             description="no longer configured",
             instances=(self._instance(instance),),
-            in_flight=len(instance.in_flight),
+            in_flight=instance.load,
         )
 
     def _instance(self, instance: Instance) -> InstanceStatus:
@@ -186,7 +145,7 @@ class Snapshot:
             sleep_level=instance.level,
             status=seen.status_text if seen else "",
             vram_bytes=held_bytes(instance),
-            in_flight=len(instance.in_flight),
+            in_flight=instance.load,
             pid=seen.main_pid if seen else 0,
             stale=instance.stale_since is not None,
         )

@@ -5,7 +5,7 @@ from enum import StrEnum
 
 from mmd.names import UnitName
 
-__all__ = ["Action", "Admit", "Refusal", "Refuse", "Sleep", "Start", "Stop", "UnitAction", "Wake"]
+__all__ = ["Action", "Admit", "Lend", "Recall", "Refusal", "Refuse", "Sleep", "Start", "Stop", "UnitAction", "Wake"]
 
 
 class Refusal(StrEnum):
@@ -43,6 +43,20 @@ class Refuse:
     tail: tuple[str, ...] = ()
 
 
+@dataclass(frozen=True, slots=True)
+class Lend:
+    """The gateway's workers may admit requests to this unit without asking."""
+
+    unit: UnitName
+
+
+@dataclass(frozen=True, slots=True)
+class Recall:
+    """They may not any more. Answered by exactly one `Returned`, once all of them know."""
+
+    unit: UnitName
+
+
 # `serial` tells actions apart that are otherwise alike: the `Done` of a start that was given up must not end the next one.
 
 
@@ -76,4 +90,4 @@ class Stop:
 
 
 UnitAction = Start | Wake | Sleep | Stop
-Action = Admit | Refuse | UnitAction
+Action = Admit | Refuse | Lend | Recall | UnitAction

@@ -116,7 +116,7 @@ def advance(state: State, now: float) -> list[Action]:
 
 def _send_away(state: State, unit: UnitName, level: int, now: float) -> list[Action]:
     victim = state.instances.get(unit)
-    if victim is None or victim.changing or victim.in_flight or victim.release is not None or victim.phase is Phase.FAILED:
+    if victim is None or victim.changing or victim.load or victim.release is not None or victim.phase is Phase.FAILED:
         return []
     if victim.phase is Phase.SLEEPING and level > 0:
         return []
@@ -127,6 +127,9 @@ def act(state: State, instance: Instance, level: int, now: float) -> list[Action
     """Put an instance to sleep at `level`, or stop it (0), as soon as the lock on its GPUs and the host memory are free."""
     loading = instance.phase is Phase.STARTING
     if now < instance.retry_at or (state.locked(instance.unit.placement) and not loading):
+        return []
+    if instance.unit in state.lent:
+        instance.wanted = True
         return []
     action: UnitAction
     if level and instance.phase is Phase.READY and instance.model is not None:

@@ -66,7 +66,7 @@ def admit_at_once(state: State, request: int, name: str, now: float) -> UnitName
         if instance.release is not None or instance.stale_since is not None:
             return None
         if instance.unit.id == model.id and instance.usable:
-            here = len(instance.in_flight)
+            here = instance.load
             up, busy = up + 1, busy + here
             if here < limit and (best is None or (here, instance.unit) < (load, best.unit)):
                 best, load = instance, here
@@ -239,10 +239,8 @@ def admit(state: State, now: float) -> list[Action]:
 
 
 def _least_loaded(state: State, model: Model) -> Instance | None:
-    room = [
-        i for i in state.instances_of(model) if i.usable and (model.concurrency == 0 or len(i.in_flight) < model.concurrency)
-    ]
-    return min(room, key=lambda i: (len(i.in_flight), i.unit), default=None)
+    room = [i for i in state.instances_of(model) if i.usable and (model.concurrency == 0 or i.load < model.concurrency)]
+    return min(room, key=lambda i: (i.load, i.unit), default=None)
 
 
 def expire(state: State, now: float) -> list[Action]:

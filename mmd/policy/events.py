@@ -25,7 +25,11 @@ __all__ = [
     "Reconfigured",
     "Release",
     "Reset",
+    "Returned",
     "Sampled",
+    "Staffed",
+    "Surveyed",
+    "Tally",
     "Tick",
     "Unreachable",
 ]
@@ -144,6 +148,37 @@ class Inherited:
 
 
 @dataclass(frozen=True, slots=True)
+class Staffed:
+    """The gateway has workers: what may be lent is lent to them."""
+
+
+@dataclass(frozen=True, slots=True)
+class Returned:
+    """A unit's lease that was recalled has ended everywhere: nobody admits requests to it without asking."""
+
+    unit: UnitName
+
+
+@dataclass(frozen=True, slots=True)
+class Tally:
+    """What the gateway's workers did with a unit that was lent to them."""
+
+    in_flight: int
+    """Requests that they serve there now."""
+    arrived: int = 0
+    """Requests that they have admitted there since the last survey."""
+    last_activity: float = 0.0
+    """When they last admitted or ended one; 0: never."""
+
+
+@dataclass(frozen=True, slots=True)
+class Surveyed:
+    """The workers' tallies were read, those of all units that they have to do with."""
+
+    tallies: Mapping[UnitName, Tally]
+
+
+@dataclass(frozen=True, slots=True)
 class GpuSample:
     """A GPU as the provider sees it; `used_bytes` None when it cannot be measured."""
 
@@ -211,7 +246,10 @@ Event = (
     | Reconfigured
     | Release
     | Reset
+    | Returned
     | Sampled
+    | Staffed
+    | Surveyed
     | Tick
     | Unreachable
 )

@@ -70,6 +70,10 @@ class Instance:
     """It failed for want of GPU memory."""
     pending: UnitAction | None = None
     in_flight: set[int] = field(default_factory=set)
+    elsewhere: int = 0
+    """Requests that the gateway's workers admitted to it by themselves and still serve (mmd.policy.leases)."""
+    wanted: bool = False
+    """Something is to be done with it as soon as it is not lent any more."""
     gate_open: bool = True
     """Closed: new requests queue instead of being admitted, so that it can drain."""
     ready_since: float | None = None
@@ -111,6 +115,11 @@ class Instance:
     def usable(self) -> bool:
         """Whether requests may be admitted to it now."""
         return self.phase is Phase.READY and self.pending is None and self.gate_open
+
+    @property
+    def load(self) -> int:
+        """Requests in flight."""
+        return len(self.in_flight) + self.elsewhere
 
     @property
     def idle_since(self) -> float:

@@ -116,7 +116,7 @@ def _may_leave(state: State, instance: Instance, terms: _Terms) -> bool:
     if instance.phase is Phase.SLEEPING:
         return not wanted
     settled = terms.now >= settled_at(state, instance)
-    return terms.impatient or (settled and not wanted and not instance.in_flight)
+    return terms.impatient or (settled and not wanted and not instance.load)
 
 
 def settled_at(state: State, instance: Instance) -> float:
@@ -176,4 +176,4 @@ def _dispensable(state: State, instance: Instance) -> bool:
     if instance.model is None or instance.model.replicas.max == 1:
         return False
     ready = [i for i in state.instances_of(instance.model) if i.phase is Phase.READY]
-    return len(ready) > 1 and instance is not max(ready, key=lambda i: (len(i.in_flight), i.last_activity, i.unit))
+    return len(ready) > 1 and instance is not max(ready, key=lambda i: (i.load, i.last_activity, i.unit))

@@ -47,7 +47,7 @@ def _crowded(state: State, model: Model) -> bool:
     up = _up(state, model)
     if not 0 < len(up) < model.replicas.max:
         return False
-    load = sum(len(instance.in_flight) for instance in up) + len(state.queues.get(model.name, ()))
+    load = sum(instance.load for instance in up) + len(state.queues.get(model.name, ()))
     return load > target_in_flight(model) * len(up)
 
 

@@ -39,14 +39,14 @@ def _free_to_act(instance: Instance) -> bool:
 def _due(state: State, instance: Instance, now: float) -> int | None:
     """The level to take an instance down to at this moment (0: stop), or None to leave it alone."""
     if instance.release is not None:
-        if instance.phase is Phase.STOPPING or (instance.in_flight and not instance.release.force):
+        if instance.phase is Phase.STOPPING or (instance.load and not instance.release.force):
             return None
         return _released_to(state, instance, instance.release.level)
     if instance.phase not in (Phase.READY, Phase.SLEEPING):
         return None
     if instance.stale_since is not None:
-        return 0 if not instance.in_flight else None
-    if instance.model is None or instance.in_flight or state.waiters_of(instance.unit):
+        return 0 if not instance.load else None
+    if instance.model is None or instance.load or state.waiters_of(instance.unit):
         return None
     timers = dict(_idle_timers(state, instance, instance.model))
     return min((level for level, at in timers.items() if at <= now), default=None)
@@ -87,5 +87,5 @@ def deadlines(state: State, now: float) -> Iterator[float]:
             yield instance.since + instance.model.idle.min_sleep_s
         if instance.stale_since is not None:
             yield instance.stale_since + state.config.policy.max_wait_s
-        if not instance.in_flight:
+        if not instance.load:
             yield from (at for _, at in _idle_timers(state, instance, instance.model))

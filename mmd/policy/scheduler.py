@@ -5,7 +5,7 @@ stays so until a new event or the passing of time.
 """
 
 from mmd.names import UnitName
-from mmd.policy import activation, admission, learning, replicas
+from mmd.policy import activation, admission, learning, leases, replicas
 from mmd.policy.actions import Action, Admit, Refusal, Refuse, Sleep, Start, Stop, Wake
 from mmd.policy.events import (
     Arrived,
@@ -22,7 +22,10 @@ from mmd.policy.events import (
     Reconfigured,
     Release,
     Reset,
+    Returned,
     Sampled,
+    Staffed,
+    Surveyed,
     Tick,
     Unreachable,
 )
@@ -89,7 +92,7 @@ class Scheduler:
             before, claims = claims, {name: (claim.unit, claim.victims) for name, claim in self.state.claims.items()}
             if not found and claims == before:
                 break
-        return actions
+        return actions + leases.lend_and_recall(self.state)
 
     def _round(self, now: float) -> list[Action]:
         state = self.state
@@ -125,6 +128,12 @@ class Scheduler:
                 self.state.paused = paused
             case Inherited():
                 self._inherit(event, now)
+            case Staffed():
+                self.state.lending = True
+            case Returned(unit):
+                leases.returned(self.state, unit)
+            case Surveyed():
+                leases.learn_survey(self.state, event, now)
             case Measured():
                 learning.learn_size(self.state, event)
             case Gauged(resource, free):

@@ -56,6 +56,12 @@ class State:
     """Why the GPUs cannot be read, when they cannot; what was last known of them, foreign use included, stays in force."""
     serial: int = 0
     """Of the last action."""
+    lending: bool = False
+    """There are workers to lend instances to."""
+    lent: set[UnitName] = field(default_factory=set)
+    """Units that others may admit requests to without asking, those included that are no more."""
+    recalled: set[UnitName] = field(default_factory=set)
+    """Of these, the ones of which it is not yet known that they do not any more."""
 
     def model_of(self, unit: UnitName) -> Model | None:
         """The configured model that a unit belongs to, by its id."""

@@ -7,7 +7,8 @@ __all__ = ["Traffic"]
 
 # Half-life of the request rate: long against a swap (seconds), short against a working day.
 _RATE_WINDOW_S = 300.0
-_RATE_OF_ONE = math.log(2) / _RATE_WINDOW_S
+# What one request adds to the rate.
+_ONE = math.log(2) / _RATE_WINDOW_S
 
 
 @dataclass(slots=True)
@@ -20,8 +21,8 @@ class Traffic:
         """Requests per second over the last minutes: for comparing models, since it is too low while it builds up."""
         return self._rate * math.exp2((self._at - now) / _RATE_WINDOW_S)
 
-    def count(self, now: float) -> None:
-        """A request has come."""
-        self._rate = self.rate(now) + _RATE_OF_ONE
+    def count(self, now: float, requests: int = 1) -> None:
+        """Requests have come."""
+        self._rate = self.rate(now) + requests * _ONE
         self._at = now
-        self.requests += 1
+        self.requests += requests

@@ -1,4 +1,7 @@
-"""`systemctl reload`: a fresh gateway takes over the sockets, the old one finishes its answers, and nobody notices."""
+"""`systemctl reload`: a fresh gateway takes over the sockets, the old one finishes its answers, and nobody notices.
+
+Every test runs twice: with the gateway's one process, and with workers.
+"""
 
 import http.client
 import json
@@ -13,7 +16,7 @@ from client import chat, stream
 from testbed import Installation
 
 _MODELS = """
-gateway: {loading_keepalive: 200ms}
+gateway: {loading_keepalive: 200ms, workers: WORKERS}
 gpus: {provider: sim, devices: [{memory: 24GiB}]}
 policy: {min_residency: 0s, max_wait: 500ms}
 defaults: {engine: sim}
@@ -26,9 +29,9 @@ _GATEWAY = "mmd-gateway.service"
 _UPGRADES = 20
 
 
-@pytest.fixture
-def machine(installed: Installation) -> Iterator[Installation]:
-    installed.configure(_MODELS)
+@pytest.fixture(params=[1, 2], ids=["alone", "workers"])
+def machine(installed: Installation, request: pytest.FixtureRequest) -> Iterator[Installation]:
+    installed.configure(_MODELS.replace("WORKERS", str(request.param)))
     yield installed
     installed.stop_all()
 
@@ -51,6 +54,9 @@ def gateways(machine: Installation) -> int:
 
 def only_one(machine: Installation) -> None:
     machine.wait_until(lambda: gateways(machine) == 1, what="the old processes end with their last answer")
+    workers = machine.status()["gateway"]["workers"]
+    relays = [line for line in machine.ps() if "mmd.gateway.workers" in line]
+    assert len(relays) == (workers if workers > 1 else 0), "theirs with them"
 
 
 def content(lines: list[str]) -> list[str]:
@@ -167,7 +173,7 @@ def test_a_fresh_process_that_does_not_come_up_changes_nothing(machine: Installa
         machine.systemctl("kill", "--kill-whom=main", "--signal=USR2", _GATEWAY)
         machine.wait_until(lambda: "the gateway goes on as it is" in machine.journal("-u", _GATEWAY), 30)
         assert main_pid(machine) == before
-        assert gateways(machine) == 1
+        only_one(machine)
         assert chat("b").status == 200
         assert chat("a").status == 200, "it decides again"
     finally:

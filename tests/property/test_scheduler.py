@@ -34,12 +34,13 @@ class SchedulerMachine(RuleBasedStateMachine):
         evict=st.sampled_from(Evict),
         gpus=st.sampled_from([(24,), (24, 24), (16, 24)]),
         ram_gib=st.sampled_from([0, 16, 32, 64]),
+        workers=st.booleans(),
         models=st.lists(st.sampled_from(MODELS), min_size=2, max_size=7, unique_by=lambda m: m.name),
     )
-    def begin(self, evict: Evict, gpus: tuple[int, ...], ram_gib: int, models: list[Model]) -> None:
+    def begin(self, evict: Evict, gpus: tuple[int, ...], ram_gib: int, workers: bool, models: list[Model]) -> None:
         config = config_of(*models)
         config = config._replace(policy=config.policy._replace(evict=evict))
-        self.world = World(config, *gpus, ram_gib=ram_gib)
+        self.world = World(config, *gpus, ram_gib=ram_gib, workers=workers)
         self.names = [model.name for model in models]
 
     @rule(data=st.data(), operator=st.booleans())
@@ -55,6 +56,27 @@ class SchedulerMachine(RuleBasedStateMachine):
     @rule(data=st.data())
     def finish(self, data: st.DataObject) -> None:
         self.world.finish(data.draw(st.sampled_from(sorted(self.world.admitted))))
+
+    @precondition(lambda self: self.world.lent)
+    @rule(data=st.data())
+    def admit_elsewhere(self, data: st.DataObject) -> None:
+        self.world.admit_elsewhere(data.draw(st.sampled_from(sorted(self.world.lent))))
+
+    @precondition(lambda self: self.world.elsewhere)
+    @rule(data=st.data())
+    def finish_elsewhere(self, data: st.DataObject) -> None:
+        self.world.finish_elsewhere(data.draw(st.sampled_from(sorted(self.world.elsewhere))))
+
+    @precondition(lambda self: any(self.world.lent.values()))
+    @rule(data=st.data())
+    def give_back(self, data: st.DataObject) -> None:
+        recalled = [unit for unit, recalled in self.world.lent.items() if recalled]
+        self.world.give_back(data.draw(st.sampled_from(sorted(recalled))))
+
+    @precondition(lambda self: self.world.elsewhere)
+    @rule()
+    def survey(self) -> None:
+        self.world.survey()
 
     @precondition(lambda self: self.world.pending)
     @rule(data=st.data(), ok=st.integers(0, 5), keeps=st.integers(0, 5))

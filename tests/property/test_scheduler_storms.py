@@ -27,7 +27,7 @@ def _config(dice: random.Random) -> Config:
 
 def _step(world: World, dice: random.Random, names: list[str]) -> None:
     """One thing that happens; many of them find nothing to happen to."""
-    match dice.randrange(10):
+    match dice.randrange(13):
         case 0 | 1 | 2:
             world.arrive(dice.choice(names), operator=dice.random() < 0.2)
         case 3 if world.waiting:
@@ -46,6 +46,14 @@ def _step(world: World, dice: random.Random, names: list[str]) -> None:
         case 9 if dice.random() < 0.15:
             definitions = {name: dice.choice(["d1", "d2"]) for name in names}
             world.post(Reconfigured(world.config, definitions, world.ram))
+        case 10 if world.lent:
+            world.admit_elsewhere(dice.choice(sorted(world.lent)))
+        case 11 if world.elsewhere:
+            world.finish_elsewhere(dice.choice(sorted(world.elsewhere)))
+        case 12 if any(world.lent.values()):
+            world.give_back(dice.choice(sorted(unit for unit, recalled in world.lent.items() if recalled)))
+        case 12 if world.elsewhere:
+            world.survey()
         case 9:
             world.pass_time(dice.choice([0.5, 3.0, 11.0, 61.0, 300.0]))
 
@@ -58,7 +66,9 @@ def storm(seed: int) -> None:
     """One trace; its World checks the invariants at every step."""
     dice = random.Random(seed)
     config = _config(dice)
-    world = World(config, *dice.choice([(24,), (24, 24), (16, 24)]), ram_gib=dice.choice([0, 16, 32, 64]))
+    world = World(
+        config, *dice.choice([(24,), (24, 24), (16, 24)]), ram_gib=dice.choice([0, 16, 32, 64]), workers=seed % 2 == 1
+    )
     for _ in range(_STEPS):
         _step(world, dice, list(config.models))
         assert world.scheduler._settle(world.now) == [], "a decision was left for later"

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field, replace
 from mmd.config import Config, EngineKind, Gateway, Gpus, Model, Policy
 from mmd.names import UnitName
 from mmd.policy import Scheduler
-from mmd.policy.actions import Action, Admit, Refuse, Sleep, Start, Stop, UnitAction, Wake
+from mmd.policy.actions import Action, Admit, Lend, Recall, Refuse, Sleep, Start, Stop, UnitAction, Wake
 from mmd.policy.events import (
     Arrived,
     Cancelled,
@@ -17,7 +17,11 @@ from mmd.policy.events import (
     Phase,
     Reconfigured,
     Release,
+    Returned,
     Sampled,
+    Staffed,
+    Surveyed,
+    Tally,
     Tick,
 )
 
@@ -51,7 +55,7 @@ class Unit:
 class World:
     """Carries out actions when told to, and checks the invariants of scheduling.md at every step."""
 
-    def __init__(self, config: Config, *gpu_gib: int, ram_gib: int = 64) -> None:
+    def __init__(self, config: Config, *gpu_gib: int, ram_gib: int = 64, workers: bool = False) -> None:
         self.config = config
         self.ram = ram_gib * GIB
         self.total = [gib * GIB for gib in gpu_gib]
@@ -61,6 +65,12 @@ class World:
         self.pending: dict[UnitName, UnitAction] = {}
         self.waiting: dict[int, str] = {}
         self.admitted: dict[int, UnitName] = {}
+        self.lent: dict[UnitName, bool] = {}
+        """Units that workers may admit requests to; whether they are asked to stop that, which they need not know yet."""
+        self.elsewhere: dict[int, UnitName] = {}
+        """Requests that workers serve, by negative numbers."""
+        self._come: dict[UnitName, int] = {}
+        """Requests that workers admitted since the last survey."""
         self.refused: dict[int, Refuse] = {}
         self.released: set[UnitName] = set()
         self.forced: set[UnitName] = set()
@@ -68,6 +78,8 @@ class World:
         self.actions: list[Action] = []
         self._requests = 0
         self.post(Reconfigured(config, dict.fromkeys(config.models, "d1"), self.ram))
+        if workers:
+            self.post(Staffed())
         self.post(Sampled(tuple(GpuSample(i, total) for i, total in enumerate(self.total))))
 
     def post(self, event: Event) -> list[Action]:
@@ -91,6 +103,14 @@ class World:
                 assert request in self.waiting, f"{action}: not waiting"
                 del self.waiting[request]
                 self.refused[request] = action
+            case Lend(unit):
+                assert unit not in self.lent, f"{action}: it is lent already"
+                assert self.units[unit].phase is Phase.READY, f"{action}: not ready"
+                assert not self._model(unit).concurrency, f"{action}: nobody would count"
+                self.lent[unit] = False
+            case Recall(unit):
+                assert self.lent[unit] is False, f"{action}: twice"
+                self.lent[unit] = True
             case _:
                 self._check_unit_action(action)
 
@@ -101,6 +121,7 @@ class World:
         busy = self.units[unit].serving if unit in self.units else set()
         leaves = isinstance(action, Sleep | Stop)
         assert not (leaves and busy) or unit in self.forced, f"{action}: requests {busy} are in flight"
+        assert not (leaves and unit in self.lent), f"{action}: workers may be sending requests to it"
         shared = [u for u in self.pending if u != unit and set(u.placement.gpus) & set(unit.placement.gpus)]
         assert not shared, f"{action}: {shared} change the same GPU"
         self.pending[unit] = action
@@ -156,6 +177,31 @@ class World:
             self.units[unit].serving.discard(request)
         self.post(Finished(request))
 
+    def admit_elsewhere(self, unit: UnitName) -> None:
+        """A worker sends a request to a unit that is lent to it, whatever has become of it meanwhile."""
+        self._requests += 1
+        self._come[unit] = self._come.get(unit, 0) + 1
+        if unit in self.units and self.units[unit].phase is Phase.READY:
+            self.elsewhere[-self._requests] = unit
+            self.units[unit].serving.add(-self._requests)
+
+    def finish_elsewhere(self, request: int) -> None:
+        unit = self.elsewhere.pop(request)
+        if unit in self.units:
+            self.units[unit].serving.discard(request)
+
+    def survey(self) -> None:
+        units = {*self.units, *self._come, *self.elsewhere.values()}
+        come, self._come = self._come, {}
+        serving = [*self.elsewhere.values()]
+        self.post(Surveyed({unit: Tally(serving.count(unit), come.get(unit, 0), self.now) for unit in sorted(units)}))
+
+    def give_back(self, unit: UnitName) -> None:
+        """Workers have heard of the recall."""
+        assert self.lent.pop(unit)
+        self.survey()
+        self.post(Returned(unit))
+
     def complete(self, unit: UnitName, *, ok: bool = True, keeps: bool = False, out_of_memory: bool = False,
                  elapsed_s: float = 30.0, held_bytes: int = RESIDUAL) -> None:  # fmt: skip
         """End the pending action of a unit. `keeps`: a sleep answers well but the memory does not come back."""
@@ -190,8 +236,8 @@ class World:
     def crash(self, name: UnitName) -> None:
         """A unit that has nothing pending dies for good."""
         unit = self.units[name]
-        for request in list(unit.serving):
-            self.finish(request)
+        for request in sorted(unit.serving):
+            self.finish(request) if request > 0 else self.finish_elsewhere(request)
         unit.phase = Phase.FAILED
         self.post(self._seen(name))
 
@@ -213,6 +259,11 @@ class World:
         for _ in range(rounds):
             for request in list(self.admitted):
                 self.finish(request)
+            for request in list(self.elsewhere):
+                self.finish_elsewhere(request)
+            self.survey()
+            for unit in [unit for unit, recalled in self.lent.items() if recalled]:
+                self.give_back(unit)
             for unit in list(self.pending):
                 self.complete(unit)
             self.pass_time(1.0)

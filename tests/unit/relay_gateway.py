@@ -16,13 +16,14 @@ import uvloop
 from aiohttp import web
 
 from mmd.config import Config, EngineKind, Gateway, Model
+from mmd.gateway.application import ApplicationServer
 from mmd.gateway.dispatcher import Dispatcher
 from mmd.gateway.engine_client import EnginePool
 from mmd.gateway.lesson_book import LessonBook
 from mmd.gateway.lifecycle import Lifecycle
 from mmd.gateway.openai import OpenAiApi
 from mmd.gateway.relay.inference import Inference
-from mmd.gateway.server import Server
+from mmd.gateway.workers.staff import Staff
 from mmd.names import CPU, UnitName
 from mmd.policy.actions import UnitAction
 from mmd.policy.events import Done, Measured, Observed, Phase
@@ -47,6 +48,9 @@ __all__ = [
 ]
 
 Engine = Callable[[asyncio.StreamReader, asyncio.StreamWriter], Awaitable[None]]
+
+default_workers = 0
+"""Set by tests that run with and without."""
 
 _LIMIT_S = 5.0
 _POLL_S = 0.01
@@ -79,9 +83,16 @@ class Running:
     """A gateway that serves."""
 
     def __init__(
-        self, server: Server, dispatcher: Dispatcher, lifecycle: StaticLifecycle, inference: Inference, port: int
+        self,
+        server: ApplicationServer,
+        dispatcher: Dispatcher,
+        lifecycle: StaticLifecycle,
+        inference: Inference,
+        staff: Staff | None,
+        port: int,
     ) -> None:
         self.server = server
+        self.staff = staff
         self.dispatcher = dispatcher
         self.lifecycle = lifecycle
         self.inference = inference
@@ -101,8 +112,22 @@ class Running:
         return list(application.connections)
 
     @property
+    def relays(self) -> int:
+        """Processes that relay."""
+        return len(self.staff.pids) if self.staff is not None else 1
+
+    @property
     def in_flight(self) -> int:
-        return len(self.dispatcher.scheduler.state.admitted) + len(self.dispatcher.scheduler.state.waiting)
+        self.dispatcher.survey()
+        state = self.dispatcher.scheduler.state
+        return len(state.admitted) + len(state.waiting) + sum(each.elsewhere for each in state.instances.values())
+
+    async def leave(self, timeout_s: float) -> None:
+        """As the daemon does when it stops."""
+        if self.staff is not None:
+            await self.staff.finish(timeout_s)
+        await self.server.stop_accepting()
+        await self.server.drain(timeout_s)
 
 
 class Connection:
@@ -200,9 +225,15 @@ async def gateway(
     routes: tuple[web.RouteDef, ...] = (),
     settings: Gateway | None = None,
     ready: bool = True,
+    workers: int | None = None,
+    concurrency: int = 0,
 ) -> AsyncIterator[Running]:
-    """A gateway with one ready CPU model per endpoint."""
-    models = {name: Model(name, name, EngineKind.SIM, gpus=0, aliases=(f"alias-of-{name}",)) for name in endpoints}
+    """A gateway with one ready CPU model per endpoint; `workers`: processes that relay instead of this one, if any."""
+    workers = default_workers if workers is None else workers
+    models = {
+        name: Model(name, name, EngineKind.SIM, gpus=0, aliases=(f"alias-of-{name}",), concurrency=concurrency)
+        for name in endpoints
+    }
     lifecycle = StaticLifecycle(endpoints)
     book = LessonBook(Path(":memory:"))
     dispatcher = Dispatcher(lifecycle, cast("Systemd", None), book)
@@ -213,16 +244,21 @@ async def gateway(
             dispatcher.post(Observed(UnitName(name, CPU), Phase.READY))
     inference = Inference(dispatcher)
     with socket.create_server(("127.0.0.1", 0)) as listening:
-        server = Server("mmd-api", inference, [*OpenAiApi(dispatcher).routes(), *routes], [listening])
+        all_routes = [*OpenAiApi(dispatcher).routes(), *routes]
+        server = ApplicationServer("mmd-api", inference, all_routes, [] if workers else [listening])
+        staff = Staff(dispatcher, inference, [listening], server.adopt) if workers else None
+        if staff is not None:
+            server.heir = staff.give
+            await staff.prepare(workers)
+            staff.accept()
         await server.start()
-        running = Running(server, dispatcher, lifecycle, inference, listening.getsockname()[1])
+        running = Running(server, dispatcher, lifecycle, inference, staff, listening.getsockname()[1])
         try:
             yield running
         finally:
             for client in running.clients:
                 client.writer.transport.abort()
-            await server.stop_accepting()
-            await server.drain(0)
+            await running.leave(0)
             await lifecycle.engines.close()
             await dispatcher.close()
             book.close()

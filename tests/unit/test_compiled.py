@@ -59,7 +59,8 @@ def compiled() -> Iterator[Path]:
 def test_the_compiled_relay_passes_the_tests_of_the_relay(compiled: Path) -> None:
     loaded = "import mmd.gateway.relay.client as c, mmd.gateway.relay as relay; assert relay.compiled(), c.__file__"
     assert python(compiled, "-c", loaded).returncode == 0
-    done = python(compiled, "-m", "pytest", "-q", "-p", "no:cacheprovider", *TESTS)
+    # Workers are started with what is installed, here the sources: tests/integration has compiled ones.
+    done = python(compiled, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", "not workers", *TESTS)
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
 
 

@@ -114,7 +114,7 @@ MISTAKES = [
     ("gateway: {listen: ['[::1::]:80']}", "1: gateway.listen.0: [::1::]:80 is not an IPv6 address and a port"),
     ("gateway: {listen: ['127.0.0.1:8001']}", "1: gateway.admin_listen.0: 127.0.0.1:8001 is given twice"),
     ("gateway: {listen: []}", "1: gateway.listen: needs at least 1 item"),
-    ("gateway: {workers: 2}", "1: gateway.workers: not yet supported: workers"),
+    ("gateway: {workers: 0}", "1: gateway.workers: 0 is not a whole number from 1 to 64, or auto"),
     ("gateway: {cors_origins: ['*']}", "1: gateway.cors_origins: not yet supported: cors_origins"),
     ("gateway: {request_log: yes}", "1: gateway.request_log: 'yes' is not true or false"),
     ("gateway: {max_body: 64}", "1: gateway.max_body: 64 is not a size such as 18GiB (write 18GiB, 512MiB or 2GB)"),

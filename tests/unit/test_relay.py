@@ -1,4 +1,7 @@
-"""The relay on real sockets: what goes through, to engines that a test writes and to the application."""
+"""The relay on real sockets: what goes through, to engines that a test writes and to the application.
+
+Every test runs twice: with the gateway's one process, and with workers.
+"""
 
 import asyncio
 import json
@@ -6,6 +9,7 @@ from pathlib import Path
 
 import aiohttp
 import pytest
+import relay_gateway
 from aiohttp import web
 from relay_gateway import (
     OK,
@@ -24,6 +28,13 @@ from mmd.config import Gateway
 from mmd.gateway.relay.client import ClientConnection
 
 
+@pytest.fixture(autouse=True, params=[0, 2], ids=["alone", "workers"])
+def workers(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> int:
+    number: int = request.param
+    monkeypatch.setattr(relay_gateway, "default_workers", number)
+    return number
+
+
 def test_requests_of_both_kinds_share_a_connection(tmp_path: Path) -> None:
     async def check() -> None:
         script = Script()
@@ -34,7 +45,7 @@ def test_requests_of_both_kinds_share_a_connection(tmp_path: Path) -> None:
                 listed = await connection.ask(b"GET /v1/models HTTP/1.1\r\nHost: x\r\n\r\n")
                 assert json.loads(listed[2])["data"][0]["id"] == "m"
                 assert (await connection.ask(b"GET /v1/models/none HTTP/1.1\r\nHost: x\r\n\r\n"))[0] == 404
-            assert script.connections == 1, "the engine's connection was kept"
+            assert script.connections <= running.relays, "the engine's connection was kept"
             await until(lambda: not running.handlers)
             await in_step(running, connection)
 
@@ -165,7 +176,7 @@ def test_thousands_of_pipelined_requests_are_refused_one_by_one(tmp_path: Path, 
     run(check())
 
 
-def test_a_client_far_ahead_is_not_read_further(tmp_path: Path) -> None:
+def test_a_client_far_ahead_is_not_read_further(tmp_path: Path, workers: int) -> None:
     async def check() -> None:
         go = asyncio.Event()
 
@@ -179,14 +190,15 @@ def test_a_client_far_ahead_is_not_read_further(tmp_path: Path) -> None:
             connection = await running.connect()
             count = 200_000
             connection.writer.write(chat_bytes() + b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n" * count)
-            await until(lambda: [c for c in running.server.connections if c._paused])
-            held: ClientConnection = next(iter(running.server.connections))
-            assert len(held._ahead) < 1 << 20
+            if not workers:  # whose memory cannot be looked at
+                await until(lambda: [c for c in running.server.connections if c._paused])
+                held: ClientConnection = next(iter(running.server.connections))
+                assert len(held._ahead) < 1 << 20
             go.set()
             assert (await connection.answer())[2] == OK
             for _ in range(1000):
                 assert (await connection.answer())[0] == 200
-            await connection.close()
+            connection.writer.transport.abort()  # closing would wait until all the others are answered
             await in_step(running)
 
     run(check())
@@ -282,7 +294,8 @@ def test_tokens_are_counted_from_the_end_of_an_answer(tmp_path: Path) -> None:
             connection = await running.connect()
             for request in (chat_bytes(), chat_bytes(stream=True), chat_bytes(), chat_bytes()):
                 assert (await connection.ask(request))[0] == 200
-            counters = running.inference.counters["m"]
+            counters = running.inference.counters_of("m")
+            await until(lambda: counters.requests == 4)  # workers tell once a second
             assert (counters.prompt_tokens, counters.completion_tokens) == (9 + 5 + 3, 2 + 50 + 4)
             assert (counters.requests, counters.statuses) == (4, {200: 4})
             assert counters.sent_bytes > sum(map(len, events))
@@ -433,12 +446,12 @@ def test_leaving_finishes_what_was_accepted(tmp_path: Path) -> None:
             assert (await kept.ask(b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n"))[0] == 200
             await streaming.send(chat_bytes())
             await streaming.reader.readuntil(b"\r\n\r\na")
-            await running.server.stop_accepting()
-            drained = asyncio.create_task(running.server.drain(20))
+            left = asyncio.create_task(running.leave(20))
+            await asyncio.sleep(0.1)  # workers hear of it
             status, fields, _ = await fresh.ask(chat_bytes())
             assert (status, fields["connection"]) == (200, "close")
             assert await streaming.reader.readexactly(59) == b"a" * 59
-            await drained
+            await left
             assert await kept.rest() == b""
 
     run(check())

@@ -4,6 +4,7 @@ another one are in step."""
 import asyncio
 import json
 from pathlib import Path
+from typing import cast
 
 import pytest
 from relay_gateway import (
@@ -280,5 +281,24 @@ def test_nobody_listening_restarts_the_engine_once(tmp_path: Path) -> None:
             assert [type(action).__name__ for action in running.lifecycle.actions] == ["Stop", "Start"]
             assert running.in_flight == 0
             await connection.close()
+
+    run(check())
+
+
+def test_every_client_is_looked_at_however_many_there_are(tmp_path: Path) -> None:
+    class Silent:
+        def __init__(self) -> None:
+            self.looks = 0
+
+        def check(self, now: float) -> None:
+            self.looks += 1
+
+    async def check() -> None:
+        async with relay(tmp_path, Script()) as running:
+            silent = [Silent() for _ in range(300)]
+            connections = cast("set[object]", running.server.connections)
+            connections |= set(silent)
+            await until(lambda: all(one.looks for one in silent))
+            connections -= set(silent)
 
     run(check())

@@ -1,8 +1,9 @@
 """The whole path with a real engine: vLLM's CPU build behind the gateway, under a real systemd (`tests/run --vllm`).
 
 A load takes half a minute or more, so the tests share what is loaded and run in this order. Most of them let vLLM believe in
-one GPU of 8 GiB, of which either model wants 5: on the CPU its sleep keeps the memory, but its server, its scheduler and its
-sleep and wake calls are the real ones. The last ones use the CPU as one would, with `gpus: 0` and a budget of host memory.
+one GPU of 5 GiB, of which either model wants 2.5, and as much of the host's memory while it sleeps: on the CPU its sleep keeps
+the memory, but its server, its scheduler and its sleep and wake calls are the real ones. The last ones use the CPU as one
+would, with `gpus: 0` and a budget of host memory.
 
 What was measured is printed at the end.
 """
@@ -27,15 +28,15 @@ _LOAD_LIMIT_S = 180.0
 """Seen: 33 to 50 s on two cores."""
 
 _MODELS = """
-gpus: {provider: static, devices: [{memory: 8GiB}]}
-resources: {ram: 4GiB}
+gpus: {provider: static, devices: [{memory: 5GiB}]}
+resources: {ram: 5GiB}
 policy: {min_residency: 0s}
 defaults:
   venv: /opt/vllm
   args: [--max-model-len, "512", --enforce-eager]
 profiles:
   as-on-a-gpu:
-    vram: 5GiB
+    vram: 2560MiB
     args: [--max-model-len, "512", --enforce-eager, --no-enable-sleep-mode, --kv-cache-memory-bytes, "256000000"]
 models:
   org/first: {id: first, model: /srv/models/first, profile: as-on-a-gpu}

@@ -47,8 +47,11 @@ class Host(Protocol):
         """Where connections go that have nothing to wait for here: a descriptor, what was read of it, and of an event stream
         that has begun whether it is chunked. None: they stay."""
 
-    def exchange(self, client: "ClientConnection", request: RequestHead, length: int | None) -> Exchange:
-        """Who answers this request."""
+    def exchange(self, client: "ClientConnection", request: RequestHead, length: int | None) -> Exchange | None:
+        """Who answers this request; None: another process, by `pass_on`."""
+
+    def pass_on(self, connection: int, read: bytes) -> None:
+        """Take a connection, by its descriptor, whose next request is another process's; `read` begins with that request."""
 
 
 class ClientConnection(asyncio.Protocol):
@@ -131,8 +134,11 @@ class ClientConnection(asyncio.Protocol):
                 if found is not None:
                     request, length, end = found
                     if length and len(data) - end == length:  # a whole request with a head that was seen before: most are
-                        self.close_after = not request.keep_alive
                         self._exchange = exchange = self._host.exchange(self, request, length)
+                        if exchange is None:
+                            self._pass_on(data)
+                            return
+                        self.close_after = not request.keep_alive
                         exchange.whole(data[end:])
                         return
             self._read(data)
@@ -183,7 +189,7 @@ class ClientConnection(asyncio.Protocol):
             found = _known.find(data)
             if found is not None:
                 head, length, end = found
-                return self._begin(head, length, data[end:])
+                return self._begin(head, length, data, end)
             parser = self._parser = RequestParser()
             end_or_not = parser.parse(data)
             if end_or_not is not None:
@@ -193,13 +199,17 @@ class ClientConnection(asyncio.Protocol):
         if end_or_not is None:
             self._read_so_far += data
             return b""
-        self._parser, self._read_so_far = None, b""
-        return self._begin(parser.head, parser.head.length, data[end_or_not:])
+        before, self._parser, self._read_so_far = self._read_so_far, None, b""
+        return self._begin(parser.head, parser.head.length, before + data, len(before) + end_or_not)
 
-    def _begin(self, request: RequestHead, length: int | None, data: bytes) -> bytes:
-        """A request has begun, and `data` follows its head; what of it remains to be read."""
-        self.close_after = not request.keep_alive
+    def _begin(self, request: RequestHead, length: int | None, data: bytes, end: int) -> bytes:
+        """A request has begun; `data` begins with its head, which ends at `end`. What of it remains to be read."""
         exchange = self._exchange = self._host.exchange(self, request, length)
+        if exchange is None:
+            self._pass_on(data)
+            return b""
+        data = data[end:]
+        self.close_after = not request.keep_alive
         if self._resumed is not None:
             chunked, self._resumed = self._resumed, None
             exchange.resume(chunked=chunked)
@@ -297,15 +307,33 @@ class ClientConnection(asyncio.Protocol):
         if transport.get_write_buffer_size():
             self._loop.call_later(_FLUSH_S, self.leave)
             return True
-        transport.pause_reading()
-        descriptor = os.dup(transport.get_extra_info("socket").fileno())
-        heir(descriptor, request + self._read_so_far + self._ahead, None if exchange is None else exchange.begun)
-        self._closing = True
+        data, begun = request + self._read_so_far + self._ahead, None if exchange is None else exchange.begun
+        heir(self._detach(transport), data, begun)
         if exchange is not None:
             self._exchange = None
             exchange.withdraw()
-        transport.abort()  # nothing is unsent, and the connection lives on in the other descriptor
         return True
+
+    def _pass_on(self, read: bytes) -> None:
+        """Move to another process, which is to answer what `read` begins with, once the answers before it have gone out."""
+        transport = self.transport
+        self._closing = True
+        if transport is None or transport.is_closing():
+            return
+        if transport.get_write_buffer_size():
+            self._full = True
+            self._regulate()
+            self._loop.call_later(_FLUSH_S, self._pass_on, read)
+        else:
+            self._host.pass_on(self._detach(transport), read)
+
+    def _detach(self, transport: asyncio.Transport) -> int:
+        """Close without the client noticing: the connection lives on in the descriptor that this returns. Nothing is unsent."""
+        self._closing = True
+        transport.pause_reading()
+        descriptor = os.dup(transport.get_extra_info("socket").fileno())
+        transport.abort()
+        return descriptor
 
     def switched(self) -> None:
         """After a 101: bytes go to the exchange as they come."""

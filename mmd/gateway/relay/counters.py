@@ -46,6 +46,15 @@ class Counters:
         self.prompt_tokens += _tokens(tail, at, _PROMPT)
         self.completion_tokens += _tokens(tail, at, _COMPLETION)
 
+    def add(self, more: "Counters") -> None:
+        self.requests += more.requests
+        for status, number in more.statuses.items():
+            self.statuses[status] = self.statuses.get(status, 0) + number
+        self.received_bytes += more.received_bytes
+        self.sent_bytes += more.sent_bytes
+        self.prompt_tokens += more.prompt_tokens
+        self.completion_tokens += more.completion_tokens
+
 
 def _tokens(tail: bytes, start: int, names: Sequence[bytes]) -> int:
     for name in names:

@@ -128,16 +128,17 @@ class Exchange:
 
     def received(self, data: bytes) -> None:
         """Bytes of the answer."""
-        out = b""
-        body = self._body
-        if body is None and self._parser is None and not self.started:
+        passing, body = self._passing, self._body
+        if passing is not None:
+            if passing.is_one(data):  # of a stream's bytes nearly all go this way
+                self._note(data)
+                self.client.write(data)
+                return
+        elif body is None and self._parser is None and not self.started:
             known = _known.find(data)
             if known is not None and self._whole(data, *known):
                 return
-        elif self._passing and self._passing.is_one(data):
-            self._note(data)  # of a stream's bytes nearly all go this way
-            self.client.write(data)
-            return
+        out = b""
         try:
             if body is None:
                 found = self._read_head(data)

@@ -98,10 +98,10 @@ class Chunked:
 
     def is_one(self, data: bytes) -> bool:
         """Whether `data` is exactly one chunk, as each event of a stream usually comes, written as `chunk` writes it."""
-        if self._at is not _At.SIZE or self._held:
+        if self._at or self._held:  # in the middle of a chunk; _At.SIZE is 0, which costs less to ask than its name
             return False
         size = len(data) - data.find(b"\r") - 4
-        return size > 0 and data.startswith(b"%x\r\n" % size) and data.endswith(b"\r\n")
+        return size > 0 and data[-2:] == b"\r\n" and data.startswith(b"%x\r\n" % size)
 
     def feed(self, data: bytes) -> tuple[bytes, bytes | None]:
         if self._held:

@@ -10,14 +10,13 @@ from typing import TYPE_CHECKING
 
 from mmd.config import EngineKind, Model
 from mmd.gateway.api_error import ApiError
-from mmd.gateway.dispatcher import Dispatcher, Ticket
 from mmd.gateway.relay.counters import USAGE_TAIL_BYTES, Counters
 from mmd.gateway.relay.engine import EngineConnection, EngineConnections, EngineGoneError
 from mmd.gateway.relay.exchange import Exchange, date_line
 from mmd.gateway.relay.framing import chunk, last_chunk
+from mmd.gateway.relay.gate import Gate, Place
 from mmd.gateway.relay.head import RequestHead, ResponseHead, head_lines
 from mmd.gateway.relay.routing import INFERENCE_PATHS, find_model
-from mmd.gateway.snapshot import model_state
 from mmd.names import UnitName
 from mmd.quantity import format_size
 
@@ -41,12 +40,18 @@ _SHORT_BYTES = 64
 class Inference:
     """What all inference requests share."""
 
-    def __init__(self, dispatcher: Dispatcher) -> None:
-        self.dispatcher = dispatcher
+    def __init__(self, gate: Gate) -> None:
+        self.gate = gate
         self.counters: dict[str, Counters] = {}
         """By model name."""
         self.loop = asyncio.get_running_loop()
         self.paths = frozenset(path.encode() for path in INFERENCE_PATHS)
+
+    def counters_of(self, model: str) -> Counters:
+        counters = self.counters.get(model)
+        if counters is None:
+            counters = self.counters[model] = Counters()
+        return counters
 
 
 class InferenceExchange(Exchange):
@@ -62,7 +67,7 @@ class InferenceExchange(Exchange):
         self._request = b""
         """The body as the engine gets it."""
         self._begun = 0.0
-        self._ticket: Ticket | None = None
+        self._place: Place | None = None
         self._task: asyncio.Task[None] | None = None
         self._connections: EngineConnections | None = None
         self._retried = False
@@ -85,7 +90,7 @@ class InferenceExchange(Exchange):
             self.fail(self._too_large())
 
     def _limit(self) -> int:
-        return self._shared.dispatcher.scheduler.state.config.gateway.max_body_bytes
+        return self._shared.gate.config.gateway.max_body_bytes
 
     def _too_large(self) -> ApiError:
         message = f"the body is larger than {format_size(self._limit())} (gateway.max_body)"
@@ -106,8 +111,8 @@ class InferenceExchange(Exchange):
 
     def whole(self, body: bytes) -> None:
         """Forward: at once where possible, else in a task."""
-        dispatcher = self._shared.dispatcher
-        config = dispatcher.scheduler.state.config
+        gate = self._shared.gate
+        config = gate.config
         if self.request.method != b"POST" or len(body) > config.gateway.max_body_bytes:
             self.begin()
             return
@@ -123,10 +128,11 @@ class InferenceExchange(Exchange):
         if model.engine is EngineKind.EXTERNAL:
             endpoint = model.endpoint
         else:
-            self._ticket = ticket = dispatcher.request(model)
-            endpoint = dispatcher.lifecycle.endpoint(ticket.unit) if ticket.unit is not None else None
+            self._place = place = gate.request(model)
+            unit = place.unit
+            endpoint = gate.endpoint(unit) if unit is not None else None
         if endpoint is not None:
-            self._connections = connections = dispatcher.lifecycle.engines.connections(endpoint)
+            self._connections = connections = gate.connections(endpoint)
             connection = connections.take()
             if connection is not None:
                 self._send(connections, connection)
@@ -138,7 +144,7 @@ class InferenceExchange(Exchange):
         self.status, self._chunked = 200, chunked
 
     def unsent(self) -> bytes | None:
-        waiting = self.upstream is None and (self._ticket is None or self._ticket.waiting)
+        waiting = self.upstream is None and (self._place is None or self._place.waiting)
         if self._model is None or self.over or not waiting:
             return None
         return self.request.written(len(self._request)) + self._request
@@ -185,23 +191,23 @@ class InferenceExchange(Exchange):
         """Reach the engine; once more, restarted, if nobody listens at the first."""
         model = self._model
         assert model is not None
-        if self._ticket is None:
+        if self._place is None:
             await self._external(model)
             return
         gone = ""
         for attempt in range(2 if model.restart_on_connection_failure else 1):
             if attempt:
-                self._ticket.unreachable()
+                self._place.unreachable()
                 if self.client.leave():
                     return
-            unit = await self._admission(model, self._ticket)
-            lifecycle = self._shared.dispatcher.lifecycle
-            endpoint = lifecycle.endpoint(unit)
+            unit = await self._admission(model, self._place)
+            gate = self._shared.gate
+            endpoint = gate.endpoint(unit)
             if endpoint is None:
                 gone = "its runner has left no report"
                 continue
             try:
-                await self._connect(lifecycle.engines.connections(endpoint))
+                await self._connect(gate.connections(endpoint))
             except EngineGoneError as error:
                 gone = str(error)
                 _log.warning("%s: nobody answers: %s", unit, gone)
@@ -222,12 +228,12 @@ class InferenceExchange(Exchange):
         self._connections = connections
         self._send(connections, connections.take() or await connections.open())
 
-    async def _admission(self, model: Model, ticket: Ticket) -> UnitName:
+    async def _admission(self, model: Model, place: Place) -> UnitName:
         """Wait for an instance. A client that asked for a stream gets its head, and comments, after a while."""
-        dispatcher = self._shared.dispatcher
-        patience_s = dispatcher.config.gateway.loading_keepalive_s if self._stream else None
-        while (unit := await ticket.admitted(patience_s)) is None:
-            self._comment(f"{model.name} is {model_state(dispatcher.scheduler.state, model)}")
+        gate = self._shared.gate
+        patience_s = gate.config.gateway.loading_keepalive_s if self._stream else None
+        while (unit := await place.admitted(patience_s)) is None:
+            self._comment(f"{model.name} is {await gate.stage(model)}")
         return unit
 
     async def _reconnect(self) -> None:
@@ -309,16 +315,13 @@ class InferenceExchange(Exchange):
         model, task = self._model, self._task
         if task is not None and not task.done() and task is not asyncio.current_task():
             task.cancel()
-        if self._ticket is not None:
-            self._ticket.close()
+        if self._place is not None:
+            self._place.close()
         if model is None:
             return
         shared = self._shared
-        counters = shared.counters.get(model.name)
-        if counters is None:
-            counters = shared.counters[model.name] = Counters()
-        counters.count(self.status, len(self._request), self._sent, self._before + self._tail)
-        if shared.dispatcher.scheduler.state.config.gateway.request_log:
+        shared.counters_of(model.name).count(self.status, len(self._request), self._sent, self._before + self._tail)
+        if shared.gate.config.gateway.request_log:
             elapsed_s = shared.loop.time() - self._begun
             method, path = self.request.method.decode(), self.request.path.decode()
             _log.info("%s %s %s %d %.3f s", method, path, model.name, self.status, elapsed_s)

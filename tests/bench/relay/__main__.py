@@ -6,31 +6,39 @@ nothing (wrk straight to it, over TCP), nginx with proxy_pass over kept connecti
 llama-swap and large-model-proxy. All are up all the time and measured in turns, so that noise hits all alike; figures are
 medians of the rounds, ratios are taken in each round. wrk, the upstream and the proxy share the machine's cores.
 
-Streams: their source and their sink are programs of this benchmark, which need CPU time as well: on two cores the three
-compete. Added latency is the gateway's percentile less that of the same sink on the source itself.
+Streams: their source and their sink are one small C program (streams.c), compiled here, which writes and checks every event.
+The proxy has a core for itself, source and sink share another one. Events come spread evenly, or in steps as those of an
+engine's batch. Added latency is a percentile through the proxy less that of the same sink on the source itself, in the same
+round; by how much the source was late is told, and no part of it. `waited` is how long the proxy had work and no core: half a
+percent of it, in one piece, is enough to make a p99 of 10 ms that is the machine's and not the proxy's. --realtime keeps most
+of that away.
 
-Needs wrk and nginx. Nothing is asserted but that every answer was right.
+Needs wrk, nginx and gcc. Nothing is asserted but that every answer was right.
 """
 
 import argparse
+import itertools
 import json
+import os
+import shutil
 import socket
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
-from contextlib import suppress
+from collections.abc import Callable
+from contextlib import ExitStack, suppress
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "integration"))
 
 from figures import machine
-from load import Load, cpu_s, median, wrk
+from load import Load, median, wrk
 from memory import usage
+from streaming import EVENTS_PER_S, PATTERNS, Core, Seen, compile_streams, print_table, watch
 from testbed import Installation
-from yardsticks import upstream_conf, yardsticks
+from yardsticks import streaming_nginx, upstream_conf, yardsticks
 
 _API_PORT = 8000
 _GATEWAY = "mmd-gateway.service"
@@ -42,8 +50,7 @@ _MODELS = f"""
 gpus: {{provider: sim, devices: [{{memory: 24GiB}}]}}
 models:
   fixed: {{engine: command, gpus: 0, listen: unix, command: [/usr/sbin/nginx, -e, stderr, -c, {_BENCH}/upstream.conf]}}
-  streams: {{engine: command, gpus: 0, listen: unix,
-    command: [/usr/lib/mmd/bin/python, {_BENCH}/upstream.py, "{{socket}}"]}}
+  streams: {{engine: command, gpus: 0, listen: unix, command: [{_BENCH}/streams, source, "{{socket}}"]}}
 """
 
 
@@ -56,7 +63,8 @@ class Bench:
         self.folder = folder
         socket_path = "/run/mmd-model/fixed@cpu/engine.sock"
         installation.write(f"{_BENCH}/upstream.conf", upstream_conf("/run/mmd-model/fixed@cpu", socket_path))
-        installation.write(f"{_BENCH}/upstream.py", Path(__file__).with_name("upstream.py").read_text())
+        self.streams_binary = compile_streams(folder)
+        shutil.copy(self.streams_binary, installation.path(_BENCH))
         installation.configure(_MODELS)
         installation.ctl("start", "fixed", "streams")
         self.socket = installation.path(socket_path)
@@ -64,13 +72,22 @@ class Bench:
     @property
     def gateway(self) -> int:
         """Its process id as we see it."""
-        inside, root = self.installation.show(_GATEWAY, "MainPID"), Path(f"/proc/{self.installation.pid}/ns/pid").readlink()
+        inside = self.installation.show(_GATEWAY, "MainPID")
+        return self._process(lambda process: f"NSpid:\t{process.name}\t{inside}\n" in (process / "status").read_text())
+
+    @property
+    def source(self) -> int:
+        """The process id of the streams' source."""
+        return self._process(lambda process: (process / "comm").read_text() == "streams\n")
+
+    def _process(self, wanted: Callable[[Path], bool]) -> int:
+        """The process of the testbed that is wanted."""
+        root = Path(f"/proc/{self.installation.pid}/ns/pid").readlink()
         for process in Path("/proc").glob("[0-9]*"):
             with suppress(OSError):
-                mine = (process / "ns/pid").readlink() == root
-                if mine and f"NSpid:\t{process.name}\t{inside}\n" in (process / "status").read_text():
+                if (process / "ns/pid").readlink() == root and wanted(process):
                     return int(process.name)
-        raise AssertionError("the gateway does not run")
+        raise AssertionError("the process does not run")
 
     def requests(self) -> dict[str, dict[str, Load]]:
         """By kind of load and by who answered."""
@@ -106,29 +123,32 @@ class Bench:
                 print(f"  {name:16}{figures}")
         print("\nmemory after load (RSS): " + ", ".join(f"{name} {mib:.1f} MiB" for name, mib in rss.items()))
 
-    def streams(self) -> dict[str, dict[str, float]]:
-        """Latency of events straight from their source, and through the gateway."""
-        source = self.installation.path("/run/mmd-model/streams@cpu/engine.sock")
-        found = {}
-        number, events = self.arguments.streams, 50 * self.arguments.seconds * 2
-        print(f"\n{number} streams of 50 events a second")
-        for name, endpoint in (("direct", f"unix:{source}"), ("mmd", f"127.0.0.1:{_API_PORT}")):
-            before, begun = cpu_s([self.gateway]), time.monotonic()
-            argv = [sys.executable, str(Path(__file__).with_name("sink.py")), endpoint, "streams", str(number), str(events)]
-            sink = subprocess.Popen(argv, stdout=subprocess.PIPE, text=True)
-            time.sleep(self.arguments.seconds)
-            rss_mib = usage(Path("/proc"), [self.gateway]).rss_mib
-            seen = json.loads(sink.communicate()[0])
-            if seen["events"] != seen["expected"]:
-                raise AssertionError(f"{name}: {seen['events']} events of {seen['expected']}")
-            cores = (cpu_s([self.gateway]) - before) / (time.monotonic() - begun)
-            found[name] = {"p50_ms": seen["p50"], "p99_ms": seen["p99"], "cores": cores, "rss_mib": rss_mib}
-            print(
-                f"  {name:8} p50 {seen['p50']:.2f} ms, p99 {seen['p99']:.2f} ms, gateway {cores:.2f} cores, {rss_mib:.1f} MiB"
-            )
-        added = {share: found["mmd"][share] - found["direct"][share] for share in ("p50_ms", "p99_ms")}
-        print(f"  added    p50 {added['p50_ms']:.2f} ms, p99 {added['p99_ms']:.2f} ms")
-        return found
+    def streams(self) -> None:
+        """Latency of events straight from their source, through the gateway, and through nginx."""
+        arguments = self.arguments
+        cores = sorted(os.sched_getaffinity(0))
+        theirs, ours = (Core(number, arguments.realtime) for number in (cores[0], cores[1 % len(cores)]))
+        socket_path = self.installation.path("/run/mmd-model/streams@cpu/engine.sock")
+        gateway = self.gateway
+        with ExitStack() as stack:
+            port, nginx = stack.enter_context(streaming_nginx(socket_path))
+            stack.enter_context(theirs.holds(gateway, nginx))
+            stack.enter_context(ours.holds(self.source))
+            targets: dict[str, tuple[str, list[int]]] = {
+                "direct": (f"unix:{socket_path}", []),
+                "mmd": (str(_API_PORT), [gateway]),
+                "nginx": (str(port), [nginx]),
+            }
+            where = f"proxy on core {theirs.number}, source and sink on core {ours.number}"
+            print(f"\n{where}{', real-time' if arguments.realtime else ''}; medians of {arguments.rounds}")
+            for number, (pattern, batch) in itertools.product(arguments.streams, PATTERNS.items()):
+                rounds: dict[str, list[Seen]] = {name: [] for name in targets}
+                for _ in range(arguments.rounds):
+                    for name, (endpoint, pids) in targets.items():
+                        load = {"streams": number, "batch": batch, "seconds": arguments.seconds}
+                        rounds[name].append(watch(self.streams_binary, endpoint, **load, core=ours, pids=pids))
+                print(f"\n{number} streams of {EVENTS_PER_S} events a second, {pattern}")
+                print_table(rounds)
 
     def slow_reader(self) -> float:
         """How much the gateway grows, in MiB, while a client reads 128 MiB slowly."""
@@ -151,9 +171,12 @@ class Bench:
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="tests/run --bench relay", description="The relay benchmark.")
-    parser.add_argument("--seconds", type=int, default=3, help="each run of wrk takes (default: 3)")
+    parser.add_argument("--seconds", type=int, default=3, help="each run is measured (default: 3)")
     parser.add_argument("--rounds", type=int, default=5, help="in which all take turns (default: 5)")
-    parser.add_argument("--streams", type=int, default=1000, help="event streams at once (default: 1000)")
+    parser.add_argument(
+        "--streams", type=int, nargs="+", default=[500, 1000], metavar="N", help="event streams at once (default: 500 1000)"
+    )
+    parser.add_argument("--realtime", action="store_true", help="streams: keep the machine's other work off both cores")
     parser.add_argument("--llama-swap", type=Path, metavar="BINARY", help="measure llama-swap as well")
     parser.add_argument("--large-model-proxy", type=Path, metavar="BINARY", help="measure large-model-proxy as well")
     parser.add_argument("--only", choices=("requests", "streams", "slow"), help="one part")

@@ -1,4 +1,4 @@
-"""wrk(1) against a port, and what a process used meanwhile."""
+"""wrk(1) against a port, and what processes use meanwhile."""
 
 import os
 import re
@@ -10,7 +10,7 @@ from pathlib import Path
 
 from yardsticks import BODY
 
-__all__ = ["Load", "cpu_s", "median", "wrk"]
+__all__ = ["Load", "cpu_s", "median", "waited_s", "with_children", "wrk"]
 
 _SCRIPT = f"""wrk.method = "POST"
 wrk.path = "/v1/chat/completions"
@@ -61,18 +61,28 @@ def _percentile(text: str, share: int) -> float:
 def cpu_s(pids: Iterable[int]) -> float:
     """CPU time that processes, and their children that still run, have used: proc_pid_stat(5)."""
     ticks = 0
-    for pid in _with_children(pids):
+    for pid in with_children(pids):
         fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
         ticks += int(fields[11]) + int(fields[12])
     return ticks / os.sysconf("SC_CLK_TCK")
 
 
-def _with_children(pids: Iterable[int]) -> list[int]:
+def waited_s(pids: Iterable[int]) -> float:
+    """How long processes and their children had work, but no core: schedstat, documented in the kernel's sched-stats.rst."""
+    waited_ns = 0
+    for pid in with_children(pids):
+        for task in Path(f"/proc/{pid}/task").iterdir():
+            waited_ns += int((task / "schedstat").read_text().split()[1])
+    return waited_ns / 1e9
+
+
+def with_children(pids: Iterable[int]) -> list[int]:
+    """Processes, and those that they have started."""
     found = []
     for pid in pids:
         found.append(pid)
         for task in Path(f"/proc/{pid}/task").iterdir():
-            found += _with_children(map(int, (task / "children").read_text().split()))
+            found += with_children(map(int, (task / "children").read_text().split()))
     return found
 
 

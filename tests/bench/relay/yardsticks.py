@@ -9,7 +9,7 @@ from contextlib import contextmanager, suppress
 from http.client import HTTPConnection
 from pathlib import Path
 
-__all__ = ["BODY", "DIRECT_PORT", "upstream_conf", "yardsticks"]
+__all__ = ["BODY", "DIRECT_PORT", "streaming_nginx", "upstream_conf", "yardsticks"]
 
 DIRECT_PORT = 18080
 _NGINX_PORT = 18081
@@ -41,11 +41,12 @@ http {{ {_common(folder)}
 """
 
 
-def _proxy_conf(folder: str, socket: str) -> str:
+def _proxy_conf(folder: str, socket: str, more: str = "") -> str:
     # Workers of root's: the socket is for mmd-model and its group only.
     return f"""user root; worker_processes 1; daemon off; pid {folder}/proxy.pid; error_log stderr warn;
+worker_rlimit_nofile 65536;
 events {{ worker_connections 4096; }}
-http {{ {_common(folder)}
+http {{ {_common(folder)} {more}
   upstream engine {{ server unix:{socket}; keepalive 256; keepalive_requests {_UNLIMITED}; }}
   server {{ listen 127.0.0.1:{_NGINX_PORT};
     location / {{ proxy_pass http://engine; proxy_http_version 1.1; proxy_set_header Connection ""; }} }} }}
@@ -103,6 +104,21 @@ def yardsticks(socket: Path, llama_swap: Path | None, large_model_proxy: Path | 
                     process.wait(5)
                 process.kill()
                 process.wait()
+
+
+@contextmanager
+def streaming_nginx(socket: Path) -> Iterator[tuple[int, int]]:
+    """nginx that passes on each event as it comes: port and process id."""
+    with tempfile.TemporaryDirectory(prefix="mmd-relay-") as name:
+        folder = Path(name)
+        (folder / "proxy.conf").write_text(_proxy_conf(name, str(socket), "proxy_buffering off;"))
+        process = _start(["nginx", "-c", str(folder / "proxy.conf")], folder)
+        try:
+            _wait(_NGINX_PORT)
+            yield _NGINX_PORT, process.pid
+        finally:
+            process.terminate()
+            process.wait()
 
 
 def _start(command: Sequence[str], folder: Path) -> "subprocess.Popen[bytes]":

@@ -1,0 +1,83 @@
+"""The gateway's own routes, those of aiohttp, on connections of a `mmd.gateway.server`."""
+
+import logging
+import socket
+from collections.abc import Awaitable, Callable, Iterable
+
+from aiohttp import web
+
+from mmd.errors import MmdError
+from mmd.gateway.api_error import ApiError
+from mmd.gateway.relay.application import ApplicationExchange
+from mmd.gateway.relay.client import ClientConnection
+from mmd.gateway.relay.exchange import Exchange
+from mmd.gateway.relay.head import RequestHead
+from mmd.gateway.relay.inference import Inference
+from mmd.gateway.server import GRACE_S, Server
+
+__all__ = ["ApplicationServer"]
+
+_Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
+
+_log = logging.getLogger(__name__)
+
+
+class ApplicationServer(Server):
+    """Inference by the relay, everything else by an application."""
+
+    def __init__(
+        self, name: str, inference: Inference, routes: Iterable[web.AbstractRouteDef], sockets: Iterable[socket.socket]
+    ) -> None:
+        super().__init__(name, inference, sockets)
+        app = web.Application(middlewares=[_answer_errors])
+        app.add_routes(routes)
+        # handler_cancellation: a client that goes away cancels its handler. shutdown_timeout: `drain` has waited already.
+        self._runner = web.AppRunner(
+            app, handle_signals=False, handler_cancellation=True, access_log=None, shutdown_timeout=GRACE_S
+        )
+        self.application: web.Server | None = None
+
+    async def start(self) -> None:
+        await self._runner.setup()
+        self.application = self._runner.server
+        await super().start()
+
+    def other(self, client: ClientConnection, request: RequestHead, length: int | None) -> Exchange | None:
+        assert self.application is not None
+        return ApplicationExchange(client, request, length, self.application)
+
+    async def drain(self, timeout_s: float) -> None:
+        await super().drain(timeout_s)
+        await self._runner.cleanup()
+
+
+@web.middleware
+async def _answer_errors(request: web.Request, handler: _Handler) -> web.StreamResponse:
+    """Turn every failure of a handler into OpenAI's shape; an unexpected one is logged and says no more than that."""
+    try:
+        return await handler(request)
+    except ApiError as error:
+        return _response(error)
+    except web.HTTPException as error:
+        if error.status < 400:
+            raise
+        return _response(_plain(request, error))
+    except MmdError as error:
+        return _response(ApiError(500, str(error), code="failed"))
+    except (ConnectionError, TimeoutError):
+        raise
+    except Exception:
+        _log.exception("%s %s failed", request.method, request.path)
+        return _response(ApiError(500, "internal error; see journalctl -u mmd-gateway", code="internal_error"))
+
+
+def _response(error: ApiError) -> web.Response:
+    return web.json_response(error.body(), status=error.status, headers=error.headers())
+
+
+def _plain(request: web.Request, error: web.HTTPException) -> ApiError:
+    if error.status == 404:
+        return ApiError(404, f"there is no {request.method} {request.path}", code="not_found")
+    if error.status == 405:
+        return ApiError(405, f"{request.path} does not take {request.method}", code="method_not_allowed")
+    return ApiError(error.status, error.text or error.reason, code="bad_request")

@@ -1,0 +1,1 @@
+"""Workers: processes that relay beside the one that decides (gateway.workers)."""

@@ -1,0 +1,252 @@
+"""The workers of a gateway: started, listened to, given connections, replaced when they die."""
+
+import asyncio
+import io
+import logging
+import os
+import pickle
+import socket
+from collections import deque
+from collections.abc import Callable, Coroutine, Sequence
+from contextlib import suppress
+from types import MappingProxyType
+from typing import Any, Final
+
+from mmd.config import Config
+from mmd.gateway.channel import from_memory, in_memory
+from mmd.gateway.dispatcher import Dispatcher
+from mmd.gateway.relay.inference import Inference
+from mmd.gateway.server import Heir
+from mmd.gateway.workers.desk import Desk
+from mmd.gateway.workers.lessor import Lessor
+from mmd.gateway.workers.messages import (
+    Accept,
+    Begin,
+    Configured,
+    Connection,
+    Drained,
+    Finish,
+    Leave,
+    Pulse,
+    Revoked,
+    ToDecider,
+)
+from mmd.gateway.workers.process import WorkerProcess
+from mmd.names import UnitName
+
+__all__ = ["Staff", "worker_count"]
+
+_log = logging.getLogger(__name__)
+
+Adopt = Callable[[socket.socket, bytes, bool | None], Coroutine[Any, Any, None]]
+"""As `mmd.gateway.server.Server.adopt`."""
+
+# `auto`: the machine's cores are the engines' first, and one process relays thousands of requests a second.
+_CORES_PER_WORKER: Final = 8
+_AUTO_MAX: Final = 4
+
+# How stale the scheduler's idea may be of what is in flight. What it acts upon is exact: it recalls the lease first.
+_SURVEY_S: Final = 0.25
+
+# A worker says once a second that it turns.
+_SILENT_S: Final = 20.0
+_PREPARED_WITHIN_S: Final = 20.0
+
+# One that dies is replaced at once; one that keeps dying at ever longer intervals.
+_LIVED_S: Final = 10.0
+_DELAY_S: Final = 0.5
+_DELAY_MAX_S: Final = 5.0
+_END_WITHIN_S: Final = 5.0
+_POLL_S: Final = 0.02
+
+
+def worker_count(configured: int | None) -> int:
+    """Processes that relay; 1: the one that decides does so itself. `configured`: gateway.workers, None for auto."""
+    return configured or max(1, min(_AUTO_MAX, len(os.sched_getaffinity(0)) // _CORES_PER_WORKER))
+
+
+class Staff:
+    """All workers. They share `sockets`, and let through only what the dispatcher lends them or lets through itself."""
+
+    def __init__(self, dispatcher: Dispatcher, inference: Inference, sockets: Sequence[socket.socket], adopt: Adopt) -> None:
+        """`inference`: where what they relayed is counted; `adopt` serves a connection that asks for something else."""
+        self._dispatcher = dispatcher
+        self._inference = inference
+        self._sockets = tuple(sockets)
+        self._adopt = adopt
+        self._loop = asyncio.get_running_loop()
+        self._workers: list[WorkerProcess] = []
+        self._desks: dict[WorkerProcess, Desk] = {}
+        self._lessor = Lessor(dispatcher, self._workers)
+        self._accepting = False
+        self._ending = False
+        self._heir: Heir | None = None
+        self._delay_s = 0.0
+        self._homeless: deque[tuple[int, bytes, bool | None]] = deque()
+        """Connections that came while there was no worker."""
+        self._timer: asyncio.TimerHandle | None = None
+        self._tasks: set[asyncio.Task[None]] = set()
+
+    @property
+    def pids(self) -> list[int]:
+        return [worker.pid for worker in self._workers]
+
+    async def prepare(self, count: int) -> None:
+        """Start `count` workers, which accept nothing yet."""
+        self._dispatcher.lend_to(self._lessor)
+        await asyncio.gather(*(self._hire() for _ in range(count)))
+        self._watch()
+        with suppress(TimeoutError):  # those that come later serve later
+            async with asyncio.timeout(_PREPARED_WITHIN_S):
+                for worker in tuple(self._workers):
+                    await worker.prepared.wait()
+
+    def accept(self) -> None:
+        self._accepting = True
+        for worker in self._workers:
+            worker.say(Accept())
+
+    async def _hire(self) -> None:
+        try:
+            worker = await WorkerProcess.start(self._hear, self._lose)
+        except OSError as error:
+            _log.error("cannot start a worker: %s", error)
+            self._replace()
+            return
+        self._workers.append(worker)
+        self._desks[worker] = Desk(self._dispatcher, worker)
+        shared = (os.dup(each.fileno()) for each in self._sockets)
+        worker.say(Begin(), worker.tally_descriptor, _pickled(self._dispatcher.config), *shared)
+        self._lessor.inform(worker)
+        if self._accepting:
+            worker.say(Accept())
+
+    def _lose(self, worker: WorkerProcess) -> None:
+        """It has died, or ended as it was told."""
+        self._workers.remove(worker)
+        self._desks.pop(worker).close()
+        self._lessor.forget(worker)
+        self._spawn(self._bury(worker))
+        if not self._ending:
+            if self._loop.time() - worker.since > _LIVED_S:
+                self._delay_s = 0.0
+            self._replace()
+
+    async def _bury(self, worker: WorkerProcess) -> None:
+        status = await worker.end(_END_WITHIN_S)
+        if not self._ending:
+            how = f"was killed by signal {-status}" if status < 0 else f"ended with status {status}"
+            _log.warning("worker %d %s; another one takes its place", worker.pid, how)
+
+    def _replace(self) -> None:
+        async def later(delay_s: float) -> None:
+            await asyncio.sleep(delay_s)
+            if not self._ending:
+                await self._hire()
+
+        self._spawn(later(self._delay_s))
+        self._delay_s = min(_DELAY_MAX_S, max(_DELAY_S, 2 * self._delay_s))
+
+    def configure(self, config: Config) -> None:
+        for worker in self._workers:
+            worker.say(Configured(), _pickled(config))
+
+    def leave(self, heir: Heir) -> None:
+        """Another gateway accepts: send it all connections, see Server.hand_over."""
+        self._ending, self._heir = True, heir
+        for worker in self._workers:
+            worker.connections = None
+            worker.say(Leave())
+
+    @property
+    def left(self) -> bool:
+        """Whether no worker has a connection any more."""
+        return all(worker.connections == 0 for worker in self._workers)
+
+    async def finish(self, timeout_s: float) -> None:
+        """Let them answer what they have accepted, for `timeout_s` at most, and end."""
+        self._ending, self._heir = True, None
+        for worker in self._workers:
+            worker.say(Finish(timeout_s))
+        begun = self._loop.time()
+        while self._workers and self._loop.time() - begun < timeout_s + _END_WITHIN_S:  # noqa: ASYNC110 - as they go
+            await asyncio.sleep(_POLL_S)
+        for worker in self._workers:
+            worker.kill()
+        if self._timer is not None:
+            self._timer.cancel()
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+
+    def _watch(self) -> None:
+        now = self._loop.time()
+        self._timer = self._loop.call_later(_SURVEY_S, self._watch)
+        self._lessor.survey()
+        for worker in self._workers:
+            if now - worker.heard > _SILENT_S:
+                _log.error("worker %d has been silent for %g s, and is killed", worker.pid, _SILENT_S)
+                worker.heard = now
+                worker.kill()
+
+    def _hear(self, worker: WorkerProcess, message: ToDecider, fds: list[int]) -> None:
+        match message:
+            case Pulse():
+                self._hear_pulse(worker, message)
+            case Revoked(unit):
+                parsed = UnitName.parse(unit)
+                assert parsed is not None, unit
+                self._lessor.revoked(worker, parsed)
+            case Drained():
+                self._lessor.survey()
+            case Connection(chunked):
+                self._take(fds[0], from_memory(fds[1]) if len(fds) > 1 else b"", chunked)
+            case _:
+                self._desks[worker].hear(message)
+
+    def _hear_pulse(self, worker: WorkerProcess, pulse: Pulse) -> None:
+        worker.heard, worker.connections = self._loop.time(), pulse.connections
+        for name, counted in pulse.counters.items():
+            self._inference.counters_of(name).add(counted.counters())
+        if not worker.prepared.is_set():
+            worker.prepared.set()
+            while self._homeless:
+                self._send(worker, *self._homeless.popleft())
+
+    def _take(self, connection: int, read: bytes, chunked: bool | None) -> None:
+        """A connection that a worker has no use for."""
+        if self._heir is not None:
+            self._heir(connection, read, chunked)
+        else:
+            self._spawn(self._adopt(socket.socket(fileno=connection), read, chunked))
+
+    def give(self, connection: int, read: bytes, chunked: bool | None = None) -> None:
+        """Let a worker serve a connection."""
+        ready = [worker for worker in self._workers if worker.prepared.is_set()]
+        if ready:
+            self._send(min(ready, key=lambda worker: worker.connections or 0), connection, read, chunked)
+        else:
+            self._homeless.append((connection, read, chunked))
+
+    def _send(self, worker: WorkerProcess, connection: int, read: bytes, chunked: bool | None) -> None:
+        worker.connections = (worker.connections or 0) + 1
+        worker.say(Connection(chunked), connection, *((in_memory(read),) if read else ()))
+
+    def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
+        task = self._loop.create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+
+class _Pickler(pickle.Pickler):
+    """Pickle knows no read-only mappings, which a configuration is made of: they arrive as dictionaries."""
+
+    def reducer_override(self, value: Any) -> Any:
+        return (dict, (dict(value),)) if isinstance(value, MappingProxyType) else NotImplemented
+
+
+def _pickled(config: Config) -> int:
+    """A descriptor of a memory file."""
+    data = io.BytesIO()
+    _Pickler(data).dump(config)
+    return in_memory(data.getvalue())
