@@ -154,6 +154,28 @@ def test_pipelined_requests_are_answered_in_order(tmp_path: Path) -> None:
     run(check())
 
 
+@pytest.mark.parametrize(
+    "request_bytes",
+    [
+        b"POST /v1/completions HTTP/1.1\r\nHost:x\r\nContent-Length: 2\r\n\r\n{}",
+        b"POST /v1/completions HTTP/1.1\r\nHost:x\r\nTransfer-Encoding: chunked\r\n\r\n2\r\n{}\r\n0\r\n\r\n",
+        b"PUT /v1/completions HTTP/1.1\r\nHost:x\r\n\r\n",
+    ],
+    ids=["length", "chunked", "no body"],
+)
+def test_thousands_of_pipelined_requests_are_refused_one_by_one(tmp_path: Path, request_bytes: bytes) -> None:
+    async def check() -> None:
+        async with relay(tmp_path, Script()) as running:
+            connection = await running.connect()
+            count = 4000  # in one read, and answered in the call stack of that read
+            await connection.send(request_bytes * count)
+            for _ in range(count):
+                assert (await connection.answer())[0] in (400, 405)
+            await in_step(running, connection)
+
+    run(check())
+
+
 def test_a_client_far_ahead_is_not_read_further(tmp_path: Path, workers: int) -> None:
     async def check() -> None:
         go = asyncio.Event()

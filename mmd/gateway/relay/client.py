@@ -66,6 +66,7 @@ class ClientConnection(asyncio.Protocol):
         "_parser",
         "_paused",
         "_read_so_far",
+        "_reading",
         "_resumed",
         "_since",
         "_tunnel",
@@ -88,6 +89,7 @@ class ClientConnection(asyncio.Protocol):
         self._read_so_far = read
         """The beginning of a head that is not complete."""
         self._resumed = chunked
+        self._reading = False
         self.stalled = False
         """It does not read what we send."""
         self._full = False
@@ -164,6 +166,7 @@ class ClientConnection(asyncio.Protocol):
     # Reading.
 
     def _read(self, data: bytes) -> None:
+        self._reading = True
         try:
             while data and not self._closing:
                 if self._body is not None:
@@ -176,6 +179,8 @@ class ClientConnection(asyncio.Protocol):
                     data = self._read_head(data)
         except MalformedError as error:
             self._refuse(ApiError(error.status, f"this is not HTTP as it is spoken here: {error}", code="bad_http"))
+        finally:
+            self._reading = False
 
     def _read_head(self, data: bytes) -> bytes:
         parser = self._parser
@@ -246,6 +251,8 @@ class ClientConnection(asyncio.Protocol):
         return b"" if self._closing else data
 
     def _read_ahead(self) -> None:
+        if self._reading:
+            return  # `_read` goes on by itself: thousands of requests that are answered at once must not be as many calls deep
         data, self._ahead = self._ahead, b""
         self._regulate()
         if data:

@@ -12,8 +12,8 @@ USAGE_TAIL_BYTES: Final = 2048
 # Chat and completions say prompt and completion, /v1/responses input and output, embeddings prompt alone.
 _PROMPT: Final = (b'"prompt_tokens"', b'"input_tokens"')
 _COMPLETION: Final = (b'"completion_tokens"', b'"output_tokens"')
-# A number, the colon before it, and some white space around that.
-_NUMBER_MAX_BYTES: Final = 32
+# A colon, a little white space, and as many digits as 64 bits hold.
+_NUMBER_MAX_BYTES: Final = 20
 _BETWEEN: Final = b": \t\r\n"
 
 

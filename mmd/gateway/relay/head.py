@@ -243,7 +243,7 @@ def _number(data: bytes, start: int) -> tuple[int, int]:
     """The number that begins at `start`, of `_LENGTH_DIGITS` at most, and where it ends: at `start` if there is none."""
     number, at = 0, start
     limit = min(len(data), start + _LENGTH_DIGITS)
-    while at < limit and 0x30 <= (digit := data[at]) <= 0x39:
+    while at < limit and 0x30 <= (digit := data[at]) <= 0x39:  # ASCII; int() alone takes signs, white space and underscores
         number = 10 * number + digit - 0x30
         at += 1
     return number, at
