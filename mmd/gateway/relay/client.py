@@ -3,14 +3,15 @@
 import asyncio
 import os
 from collections.abc import Callable
-from typing import Final, Protocol, cast
+from typing import Final, cast
 
 from mmd.gateway.api_error import ApiError
 from mmd.gateway.relay.exchange import Exchange, error_lines
 from mmd.gateway.relay.framing import Body, Chunked, Length
 from mmd.gateway.relay.head import KnownHeads, MalformedError, RequestHead, RequestParser
+from mmd.gateway.relay.host import Host
 
-__all__ = ["ClientConnection", "Host"]
+__all__ = ["ClientConnection"]
 
 # Bytes that a client may send ahead of the answer under way. More stay in the kernel.
 _AHEAD_MAX_BYTES: Final = 64 << 10
@@ -34,24 +35,6 @@ _known: Final[KnownHeads[RequestHead]] = KnownHeads()
 
 def _discard(_: bytes) -> None:
     """Where bytes go after the connection is gone."""
-
-
-class Host(Protocol):
-    """Whose connection it is."""
-
-    leaving: bool
-    connections: set["ClientConnection"]
-
-    @property
-    def heir(self) -> Callable[[int, bytes, bool | None], None] | None:
-        """Where connections go that have nothing to wait for here: a descriptor, what was read of it, and of an event stream
-        that has begun whether it is chunked. None: they stay."""
-
-    def exchange(self, client: "ClientConnection", request: RequestHead, length: int | None) -> Exchange | None:
-        """Who answers this request; None: another process, by `pass_on`."""
-
-    def pass_on(self, connection: int, read: bytes) -> None:
-        """Take a connection, by its descriptor, whose next request is another process's; `read` begins with that request."""
 
 
 class ClientConnection(asyncio.Protocol):

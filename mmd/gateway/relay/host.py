@@ -1,0 +1,30 @@
+"""Whose connections clients' connections are: what they ask of the server that has accepted them."""
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Protocol
+
+from mmd.gateway.relay.exchange import Exchange
+from mmd.gateway.relay.head import RequestHead
+
+if TYPE_CHECKING:
+    from mmd.gateway.relay.client import ClientConnection
+
+__all__ = ["Host"]
+
+
+class Host(Protocol):
+    """Whose connection it is."""
+
+    leaving: bool
+    connections: set["ClientConnection"]
+
+    @property
+    def heir(self) -> Callable[[int, bytes, bool | None], None] | None:
+        """Where connections go that have nothing to wait for here: a descriptor, what was read of it, and of an event stream
+        that has begun whether it is chunked. None: they stay."""
+
+    def exchange(self, client: "ClientConnection", request: RequestHead, length: int | None) -> Exchange | None:
+        """Who answers this request; None: another process, by `pass_on`."""
+
+    def pass_on(self, connection: int, read: bytes) -> None:
+        """Take a connection, by its descriptor, whose next request is another process's; `read` begins with that request."""
