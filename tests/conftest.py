@@ -5,6 +5,7 @@ import pytest
 _WITH_SYSTEMD = {"integration", "vllm"}
 
 
+@pytest.hookimpl(tryfirst=True)  # pytest-xdist reads the marks in the same hook
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         real = _WITH_SYSTEMD.intersection(item.path.parts)
