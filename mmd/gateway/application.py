@@ -13,7 +13,7 @@ from mmd.gateway.relay.client import ClientConnection
 from mmd.gateway.relay.exchange import Exchange
 from mmd.gateway.relay.head import RequestHead
 from mmd.gateway.relay.inference import Inference
-from mmd.gateway.server import GRACE_S, Server
+from mmd.gateway.server import GRACE_S, Heir, Server
 
 __all__ = ["ApplicationServer"]
 
@@ -26,9 +26,15 @@ class ApplicationServer(Server):
     """Inference by the relay, everything else by an application."""
 
     def __init__(
-        self, name: str, inference: Inference, routes: Iterable[web.AbstractRouteDef], sockets: Iterable[socket.socket]
+        self,
+        name: str,
+        inference: Inference,
+        routes: Iterable[web.AbstractRouteDef],
+        sockets: Iterable[socket.socket],
+        *,
+        elsewhere: Heir | None = None,
     ) -> None:
-        super().__init__(name, inference, sockets)
+        super().__init__(name, inference, sockets, elsewhere=elsewhere)
         app = web.Application(middlewares=[_answer_errors])
         app.add_routes(routes)
         # handler_cancellation: a client that goes away cancels its handler. shutdown_timeout: `drain` has waited already.
@@ -42,7 +48,7 @@ class ApplicationServer(Server):
         self.application = self._runner.server
         await super().start()
 
-    def other(self, client: ClientConnection, request: RequestHead, length: int | None) -> Exchange | None:
+    def other(self, client: ClientConnection, request: RequestHead, length: int | None) -> Exchange:
         assert self.application is not None
         return ApplicationExchange(client, request, length, self.application)
 

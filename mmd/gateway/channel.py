@@ -16,7 +16,7 @@ from typing import Any
 
 import msgspec
 
-__all__ = ["Channel", "from_memory", "in_memory"]
+__all__ = ["Channel", "connection_of", "from_memory", "in_memory"]
 
 _log = logging.getLogger(__name__)
 
@@ -53,6 +53,10 @@ class Channel:
         self._unsent.append((msgspec.json.encode(message), fds))
         if len(self._unsent) == 1:
             self._flush()
+
+    def send_connection(self, message: msgspec.Struct, connection: int, read: bytes) -> None:
+        """Hand over a client's connection by its descriptor, with what was read of it and is still to be answered."""
+        self.send(message, connection, *((in_memory(read),) if read else ()))
 
     def _flush(self) -> None:
         while self._unsent:
@@ -134,6 +138,11 @@ def from_memory(descriptor: int) -> bytes:
     with os.fdopen(descriptor, "rb") as file:
         file.seek(0)
         return file.read()
+
+
+def connection_of(fds: Sequence[int]) -> tuple[socket.socket, bytes]:
+    """The connection that came by `send_connection`, and what was read of it."""
+    return socket.socket(fileno=fds[0]), from_memory(fds[1]) if len(fds) > 1 else b""
 
 
 def _close(fds: Sequence[int]) -> None:

@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from aiohttp import web
 
@@ -26,7 +27,7 @@ from mmd.gateway.openai import OpenAiApi
 from mmd.gateway.relay.inference import Inference
 from mmd.gateway.relief import Guests, relieve
 from mmd.gateway.snapshot import Snapshot
-from mmd.gateway.workers.staff import Staff, worker_count
+from mmd.gateway.workers import worker_count
 from mmd.gpu import GpuProvider, open_provider
 from mmd.load import Loaded, load
 from mmd.policy.events import Paused, Sampled
@@ -35,6 +36,9 @@ from mmd.systemd.activation import ListenSocket
 from mmd.systemd.client import Systemd
 from mmd.systemd.unit import Connected, Disconnected, Event, UnitChanged
 from mmd.units import definition
+
+if TYPE_CHECKING:
+    from mmd.gateway.workers.staff import Staff
 
 __all__ = ["Daemon"]
 
@@ -108,17 +112,20 @@ class Daemon:
             "mmd-admin": [*api.routes(), *admin.routes()],
             "mmd-admin-tcp": [*api.routes(), *over_tcp],
         }
-        workers = self.snapshot.workers = worker_count(self.dispatcher.config.gateway.workers)
+        self.snapshot.workers = worker_count(self.dispatcher.config.gateway.workers)
         for name, found in routes.items():
             sockets = [listening.socket for listening in self._sockets if listening.name == name]
             if not sockets:
                 continue
-            shared = workers > 1 and name == "mmd-api"
-            server = ApplicationServer(name, self.inference, found, () if shared else sockets)
+            if self.snapshot.workers == 1 or name != "mmd-api":
+                self._servers.append(ApplicationServer(name, self.inference, found, sockets))
+                continue
+            from mmd.gateway.workers.staff import Staff  # not imported for nothing: clients wait while a gateway starts
+
+            staff = self._staff = Staff(self.dispatcher, self.inference, name, sockets)
+            server = ApplicationServer(name, self.inference, found, (), elsewhere=staff.give)
+            staff.adopt = server.adopt
             self._servers.append(server)
-            if shared:
-                self._staff = Staff(self.dispatcher, self.inference, sockets, server.adopt)
-                server.heir = self._staff.give
 
     def _use(self, loaded: Loaded) -> None:
         for problem in loaded.problems:

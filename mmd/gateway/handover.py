@@ -20,7 +20,7 @@ from contextlib import suppress
 import msgspec
 
 from mmd.errors import MmdError
-from mmd.gateway.channel import Channel, from_memory, in_memory
+from mmd.gateway.channel import Channel, connection_of
 from mmd.systemd.activation import ListenSocket
 
 __all__ = ["Client", "Predecessor", "Successor", "Taken", "UnitTaken"]
@@ -29,7 +29,6 @@ _log = logging.getLogger(__name__)
 
 # A fresh gateway is there within a second; on a machine that is busy loading models it takes longer.
 _PREPARED_WITHIN_S = 30.0
-_VARIABLES = ("LISTEN_PID", "LISTEN_FDS", "LISTEN_FDNAMES", "WATCHDOG_PID")
 
 
 class Sockets(msgspec.Struct, frozen=True, tag=True):
@@ -64,8 +63,7 @@ class InFlight(msgspec.Struct, frozen=True, tag=True):
 
 
 class Client(msgspec.Struct, frozen=True, tag=True):
-    """A client's connection: its socket, and if something has been read of it that is still to be answered, a memfd_create(2)
-    with that."""
+    """A client's connection, see Channel.send_connection."""
 
     server: str
     chunked: bool | None = None
@@ -133,7 +131,7 @@ class Successor:
     def give(self, client: Client, connection: int, data: bytes) -> None:
         """Hand a connection over, with what was read of it."""
         assert self._channel is not None
-        self._channel.send(client, connection, *((in_memory(data),) if data else ()))
+        self._channel.send_connection(client, connection, data)
 
     def dismiss(self) -> None:
         """End one that is of no use."""
@@ -148,7 +146,7 @@ class Successor:
 def _spawn(command: Sequence[str], end: int) -> int:
     """Start it as a child of systemd, which would not notice the end of a main process that is somebody else's: by a shell that
     starts it and ends, as daemons used to."""
-    environment = {key: value for key, value in os.environ.items() if key not in _VARIABLES}
+    environment = {key: value for key, value in os.environ.items() if key != "WATCHDOG_PID"}  # it is meant for this process
     argv = ["/bin/sh", "-c", '"$@" >&2 & echo $!', "sh", *command, "--take-over", str(end)]
     done = subprocess.run(argv, check=True, pass_fds=(end,), env=environment, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE)
     return int(done.stdout)
@@ -183,14 +181,10 @@ class Predecessor:
             case InFlight(unit, count) if self.on_count is not None:
                 self.on_count(self, unit, count)
             case Client():
-                self._hear_client(message, *fds)
+                if self.on_client is not None:
+                    self.on_client(message, *connection_of(fds))
             case Elder(in_flight) if self.on_elder is not None:
                 self.on_elder(Predecessor(socket.socket(fileno=fds[0])), in_flight)
-
-    def _hear_client(self, client: Client, connection: int, memory: int | None = None) -> None:
-        data = b"" if memory is None else from_memory(memory)
-        if self.on_client is not None:
-            self.on_client(client, socket.socket(fileno=connection), data)
 
     def _ended(self) -> None:
         for future in (self.sockets, self.taken):

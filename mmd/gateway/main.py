@@ -39,6 +39,7 @@ async def _run(scope: Scope, take_over: int | None, notifier: Notifier) -> None:
     loop = asyncio.get_running_loop()
     over = asyncio.Event()
     tasks: set[asyncio.Task[None]] = set()
+    turn = asyncio.Lock()
     predecessor = None if take_over is None else _predecessor(take_over)
     sockets = listen_sockets(os.environ) if predecessor is None else await predecessor.sockets
     daemon = await _start(scope, sockets, predecessor)
@@ -64,11 +65,13 @@ async def _run(scope: Scope, take_over: int | None, notifier: Notifier) -> None:
         else:
             notifier.ready()
 
+    async def in_turn(work: Callable[[], Coroutine[None, None, None]]) -> None:
+        async with turn:
+            if not over.is_set():
+                await work()
+
     def start(work: Callable[[], Coroutine[None, None, None]]) -> None:
-        if work is upgrade and tasks:
-            _log.warning("a reload or an upgrade is under way already")
-            return
-        task = loop.create_task(work())
+        task = loop.create_task(in_turn(work))
         tasks.add(task)
         task.add_done_callback(tasks.discard)
 

@@ -5,15 +5,18 @@ import logging
 import socket
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
+from typing import TYPE_CHECKING
 
 from mmd.errors import MmdError
 from mmd.gateway.dispatcher import Dispatcher
 from mmd.gateway.handover import Client, Predecessor, Successor, Taken, UnitTaken
 from mmd.gateway.server import Server
-from mmd.gateway.workers.staff import Staff
 from mmd.names import UnitName
 from mmd.policy.events import Phase
 from mmd.systemd.activation import ListenSocket
+
+if TYPE_CHECKING:
+    from mmd.gateway.workers.staff import Staff
 
 __all__ = ["Guests", "relieve"]
 
@@ -102,7 +105,7 @@ async def relieve(
     dispatcher: Dispatcher,
     servers: Sequence[Server],
     guests: Guests,
-    staff: Staff | None,
+    staff: "Staff | None",
     announce: Callable[[int], None],
 ) -> bool:
     """Start a successor by `command` and hand everything over to it, after `announce` was told its process id.
@@ -129,7 +132,7 @@ async def relieve(
     for server in servers:
         server.hand_over(partial(_give, successor, server.name))
     if staff is not None:
-        staff.leave(partial(_give, successor, "mmd-api"))
+        staff.leave(partial(_give, successor, staff.name))
     dispatcher.retire()
     _log.info("process %d takes over; %d requests are finished here", process_id, sum(u.in_flight for u in known.values()))
     told = {unit: each.in_flight for unit, each in known.items()}

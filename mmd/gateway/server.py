@@ -37,9 +37,15 @@ class Server:
     """Inference by the relay, on some listening sockets; other requests are another process's to answer."""
 
     def __init__(
-        self, name: str, inference: Inference, sockets: Iterable[socket.socket], *, elsewhere: Heir | None = None
+        self,
+        name: str,
+        inference: Inference,
+        sockets: Iterable[socket.socket],
+        *,
+        elsewhere: Heir | None = None,
+        worker: bool = False,
     ) -> None:
-        """`elsewhere`: takes the connections with requests that nobody answers here."""
+        """`elsewhere`: where there are workers, takes the connections with requests for them, or as a `worker` all others."""
         self.name = name
         self.connections: set[ClientConnection] = set()
         self.leaving = False
@@ -48,6 +54,7 @@ class Server:
         self._inference_paths = inference.paths
         self._sockets = tuple(sockets)
         self._elsewhere = elsewhere
+        self._worker = worker
         self._loop = asyncio.get_running_loop()
         self._listeners: list[asyncio.Server] = []
         self._checker: asyncio.TimerHandle | None = None
@@ -83,20 +90,22 @@ class Server:
             connection.leave()
 
     def exchange(self, client: ClientConnection, request: RequestHead, length: int | None) -> Exchange | None:
-        """Who answers this request: the relay itself, or `other`."""
-        if request.path in self._inference_paths:
+        """Who answers this request: the relay itself, or `other`; None: another process."""
+        inference = request.path in self._inference_paths
+        if self._elsewhere is not None and inference is not self._worker:
+            return None
+        if inference:
             return InferenceExchange(client, request, length, self._inference)
         return self.other(client, request, length)
 
-    def other(self, client: ClientConnection, request: RequestHead, length: int | None) -> Exchange | None:
-        """Who answers a request that is not for inference; None: another process."""
-        del client, request, length
-        return None
+    def other(self, client: ClientConnection, request: RequestHead, length: int | None) -> Exchange:
+        """Who answers a request that is not for inference."""
+        raise NotImplementedError
 
-    def pass_on(self, connection: int, read: bytes) -> None:
+    def pass_on(self, connection: int, read: bytes, chunked: bool | None) -> None:
         """Hand over a connection with a request that nobody answers here."""
         assert self._elsewhere is not None
-        self._elsewhere(connection, read, None)
+        self._elsewhere(connection, read, chunked)
 
     def _check(self) -> None:
         """Look for silent clients; one timer for all of them costs less than one each."""

@@ -121,12 +121,6 @@ class State:
         self.serial += 1
         return self.serial
 
-    def quiet(self) -> bool:
-        """Whether nobody waits for anything that the end of a request could bring about."""
-        if self.queues or self.claims or self.preload or self.crowded:
-            return False
-        return all(i.release is None and i.stale_since is None for i in self.instances.values())
-
     def pinned(self, model: Model) -> dict[Key, float]:
         """What pinned residents hold and will not give up by themselves either, `model`'s own apart."""
         others = [i for i in self.resident() if i.model is not None and i.model.pin and i.unit.id != model.id]

@@ -57,6 +57,18 @@ def test_a_changed_number_takes_effect_without_a_gap(machine: Installation) -> N
         machine.wait_until(partial(staffed, machine, 0 if count == 1 else count))
 
 
+def test_a_changed_number_takes_effect_by_signal_as_well(machine: Installation) -> None:
+    before = machine.show(_GATEWAY, "MainPID")
+    machine.systemctl("stop", "mmd-reload.path")
+    try:
+        machine.write("/etc/mmd/mmd.yaml", _configuration(3))
+        machine.systemctl("kill", "--kill-whom=main", "--signal=HUP", _GATEWAY)
+        machine.wait_until(partial(another_gateway, machine, before), 30)
+        machine.wait_until(partial(staffed, machine, 3))
+    finally:
+        machine.systemctl("start", "mmd-reload.path")
+
+
 def test_killed_ones_are_replaced_and_nothing_stays_counted(machine: Installation) -> None:
     for _ in range(3):
         streams = [iter(stream("a", max_tokens=400, ignore_eos=True)) for _ in range(6)]

@@ -245,10 +245,11 @@ async def gateway(
     inference = Inference(dispatcher)
     with socket.create_server(("127.0.0.1", 0)) as listening:
         all_routes = [*OpenAiApi(dispatcher).routes(), *routes]
-        server = ApplicationServer("mmd-api", inference, all_routes, [] if workers else [listening])
-        staff = Staff(dispatcher, inference, [listening], server.adopt) if workers else None
+        staff = Staff(dispatcher, inference, "mmd-api", [listening]) if workers else None
+        own, elsewhere = ([], staff.give) if staff is not None else ([listening], None)
+        server = ApplicationServer("mmd-api", inference, all_routes, own, elsewhere=elsewhere)
         if staff is not None:
-            server.heir = staff.give
+            staff.adopt = server.adopt
             await staff.prepare(workers)
             staff.accept()
         await server.start()

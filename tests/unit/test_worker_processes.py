@@ -26,8 +26,7 @@ from relay_gateway import (
 )
 
 from mmd.config import Gateway
-from mmd.gateway.workers import staff
-from mmd.gateway.workers.staff import worker_count
+from mmd.gateway.workers import staff, worker_count
 from mmd.gateway.workers.tally import UNITS_MAX, Tally
 from mmd.names import CPU, UnitName
 from mmd.policy.actions import Stop
@@ -74,6 +73,16 @@ async def _busy(path: Path, number: int, **options: object) -> AsyncIterator[tup
 def _lent(running: Running) -> set[UnitName]:
     state = running.dispatcher.scheduler.state
     return state.lent - state.recalled
+
+
+def pids(running: Running) -> set[int]:
+    assert running.staff is not None
+    return set(running.staff.pids)
+
+
+async def replaced(running: Running, before: set[int]) -> None:
+    """One that was there before has gone, and another is there."""
+    await until(lambda: len(pids(running)) == len(before) and pids(running) != before)
 
 
 def test_a_tally_is_one_memory_in_two_places() -> None:
@@ -137,10 +146,9 @@ def test_a_lease_ends_before_anything_is_done_to_its_model(tmp_path: Path) -> No
 def test_a_killed_worker_takes_its_counts_with_it(tmp_path: Path) -> None:
     async def check() -> None:
         async with _busy(tmp_path, 30) as (running, slow, clients):
-            assert running.staff is not None
-            before = set(running.staff.pids)
+            before = pids(running)
             os.kill(min(before), signal.SIGKILL)
-            await until(lambda: len(running.staff.pids) == 2 and set(running.staff.pids) != before)  # type: ignore[union-attr]
+            await replaced(running, before)
             await until(lambda: running.in_flight == slow.serving)
             cut = [client for client in clients if client.reader.at_eof() or client.reader.exception()]
             assert running.in_flight == 30 - len(cut)
@@ -158,9 +166,9 @@ def test_a_killed_worker_takes_its_counts_with_it(tmp_path: Path) -> None:
 def test_a_worker_that_dies_with_a_recall_unanswered_holds_nothing_up(tmp_path: Path) -> None:
     async def check() -> None:
         async with relay(tmp_path, Script(), workers=2) as running:
-            assert running.staff is not None
             await in_step(running)
-            pid = running.staff.pids[0]
+            before = pids(running)
+            pid = min(before)
             os.kill(pid, signal.SIGSTOP)
             running.dispatcher.post(Release(_UNIT))
             await asyncio.sleep(0.3)
@@ -177,10 +185,10 @@ def test_a_worker_that_hangs_is_replaced(tmp_path: Path, monkeypatch: pytest.Mon
 
     async def check() -> None:
         async with relay(tmp_path, Script(), workers=2) as running:
-            assert running.staff is not None
-            pid = running.staff.pids[0]
+            before = pids(running)
+            pid = min(before)
             os.kill(pid, signal.SIGSTOP)
-            await until(lambda: pid not in running.staff.pids and len(running.staff.pids) == 2)  # type: ignore[union-attr]
+            await replaced(running, before)
             await in_step(running)
 
     run(check())
@@ -189,14 +197,13 @@ def test_a_worker_that_hangs_is_replaced(tmp_path: Path, monkeypatch: pytest.Mon
 def test_a_worker_told_to_end_finishes_and_is_replaced(tmp_path: Path) -> None:
     async def check() -> None:
         async with _busy(tmp_path, 10) as (running, slow, clients):
-            assert running.staff is not None
-            before = set(running.staff.pids)
+            before = pids(running)
             os.kill(min(before), signal.SIGTERM)
             await asyncio.sleep(0.2)
             slow.go.set()
             for client in clients:
                 assert (await client.answer())[2] == OK
-            await until(lambda: len(running.staff.pids) == 2 and set(running.staff.pids) != before)  # type: ignore[union-attr]
+            await replaced(running, before)
             await in_step(running)
 
     run(check())
@@ -294,14 +301,13 @@ def test_connections_wait_for_a_worker_when_there_is_none(tmp_path: Path) -> Non
             return web.Response()
 
         async with relay(tmp_path, Script(), workers=2, routes=(web.get("/slow", slow),)) as running:
-            assert running.staff is not None
             client = await running.connect()
             await client.send(b"GET /slow HTTP/1.1\r\nHost: x\r\n\r\n")
             await until(lambda: running.handlers)
-            before = set(running.staff.pids)
+            before = pids(running)
             for pid in before:
                 os.kill(pid, signal.SIGKILL)
-            await until(lambda: before.isdisjoint(running.staff.pids))  # type: ignore[union-attr]
+            await until(lambda: before.isdisjoint(pids(running)))
             late = await running.connect()
             await late.send(chat_bytes())
             go.set()

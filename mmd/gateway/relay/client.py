@@ -308,7 +308,7 @@ class ClientConnection(asyncio.Protocol):
             self._regulate()
             self._loop.call_later(_FLUSH_S, self._pass_on, read)
         else:
-            self._host.pass_on(self._detach(transport), read)
+            self._host.pass_on(self._detach(transport), read, self._resumed)
 
     def _detach(self, transport: asyncio.Transport) -> int:
         """Close without the client noticing: the connection lives on in the descriptor that this returns. Nothing is unsent."""

@@ -16,7 +16,7 @@ from typing import Any
 
 import uvloop
 
-from mmd.gateway.channel import Channel, from_memory, in_memory
+from mmd.gateway.channel import Channel, connection_of, from_memory
 from mmd.gateway.log import log_to_journal
 from mmd.gateway.relay.inference import Inference
 from mmd.gateway.server import Server
@@ -43,7 +43,7 @@ class Worker:
         self._configure(config)
         self._inference = Inference(self._tenant)
         listening = [socket.socket(fileno=each) for each in sockets]
-        self._server = Server("mmd-api", self._inference, listening, elsewhere=self._give)
+        self._server = Server("worker", self._inference, listening, elsewhere=self._give, worker=True)
         self._leaving = False
         self._finishing = False
         self._tasks: set[asyncio.Task[None]] = set()
@@ -59,8 +59,7 @@ class Worker:
             case Configured():
                 self._configure(fds[0])
             case Connection(chunked):
-                read = from_memory(fds[1]) if len(fds) > 1 else b""
-                self._spawn(self._server.adopt(socket.socket(fileno=fds[0]), read, chunked))
+                self._spawn(self._server.adopt(*connection_of(fds), chunked))
             case Leave():
                 self._leaving = True
                 self._server.hand_over(self._give)
@@ -72,9 +71,17 @@ class Worker:
                 self._tenant.hear(message)
 
     def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
-        task = self._loop.create_task(work)
+        task = self._loop.create_task(self._guard(work))
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
+
+    async def _guard(self, work: Coroutine[Any, Any, None]) -> None:
+        """The boundary of a task: a worker in which one fails is of no use, and another one takes its place."""
+        try:
+            await work
+        except Exception:
+            _log.exception("a worker gives up")
+            self.over.set()
 
     async def _keep_pulse(self) -> None:
         while True:
@@ -88,7 +95,7 @@ class Worker:
         self._channel.send(Pulse(len(self._server.connections), counted))
 
     def _give(self, connection: int, read: bytes, chunked: bool | None = None) -> None:
-        self._channel.send(Connection(chunked), connection, *((in_memory(read),) if read else ()))
+        self._channel.send_connection(Connection(chunked), connection, read)
 
     def finish(self, timeout_s: float | None = None) -> None:
         """Accept nothing more, and end when what was accepted is answered."""
@@ -110,12 +117,16 @@ async def _run(end: socket.socket) -> None:
 
     def hear(message: ToWorker, fds: list[int]) -> None:
         if isinstance(message, Begin):
-            begun.set_result(Worker(channel, *fds))
-        else:
+            try:
+                begun.set_result(Worker(channel, *fds))
+            except Exception:  # such as a configuration of another version, between an installation and the reload after it
+                _log.exception("a worker cannot begin")
+                orphaned.set()
+        elif begun.done():
             begun.result().hear(message, fds)
 
     channel = Channel(end, ToWorker, hear, orphaned.set)
-    loop.add_signal_handler(signal.SIGTERM, lambda: begun.result().finish())
+    loop.add_signal_handler(signal.SIGTERM, lambda: begun.result().finish() if begun.done() else orphaned.set())
     loop.add_signal_handler(signal.SIGINT, lambda: None)  # the deciding process gets it as well, and knows what to do
     gone = loop.create_task(orphaned.wait())
     await asyncio.wait((begun, gone), return_when=asyncio.FIRST_COMPLETED)

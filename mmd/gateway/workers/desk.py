@@ -1,9 +1,5 @@
 """Requests that a worker holds no lease for, and asks for one by one."""
 
-import asyncio
-from collections.abc import Coroutine
-from typing import Any
-
 from mmd.gateway.api_error import ApiError, no_such_model
 from mmd.gateway.dispatcher import Dispatcher, Ticket
 from mmd.gateway.workers.messages import Admitted, Ask, AskStage, GiveBack, Lost, Refused, Stage
@@ -20,7 +16,6 @@ class Desk:
         self._dispatcher = dispatcher
         self._worker = worker
         self._places: dict[int, Ticket] = {}
-        self._tasks: set[asyncio.Task[None]] = set()
 
     def hear(self, message: Ask | Lost | GiveBack | AskStage) -> None:
         match message:
@@ -33,7 +28,7 @@ class Desk:
                 if place is not None:
                     place.close()
             case AskStage(number, name):
-                self._spawn(self._tell_stage(number, name))
+                self._dispatcher.spawn(self._tell_stage(number, name))
 
     def _ask(self, number: int, name: str) -> None:
         config = self._dispatcher.config
@@ -55,7 +50,7 @@ class Desk:
 
     def _follow(self, number: int, place: Ticket) -> None:
         self._places[number] = place
-        self._spawn(self._tell_admission(number, place))
+        self._dispatcher.spawn(self._tell_admission(number, place))
 
     async def _tell_admission(self, number: int, place: Ticket) -> None:
         try:
@@ -70,15 +65,8 @@ class Desk:
         model = self._dispatcher.config.models.get(name)
         self._worker.say(Stage(number, "gone" if model is None else await self._dispatcher.stage(model)))
 
-    def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
-        task = asyncio.get_running_loop().create_task(work)
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
-
     def close(self) -> None:
         """The worker has gone: so have those who waited."""
-        for task in self._tasks:
-            task.cancel()
         for place in self._places.values():
             place.close()
         self._places.clear()

@@ -24,7 +24,8 @@ class Lessor:
         self._loop = asyncio.get_running_loop()
         self._slots: dict[UnitName, int] = {}
         """Of the tallies; a unit keeps its own for good, so that what is still in flight there is never another's."""
-        self._leases: dict[UnitName, Lease] = {}
+        self._leases: dict[UnitName, Lease | None] = {}
+        """None: its engine has not said yet where it listens."""
         self._revoking: dict[UnitName, set[WorkerProcess]] = {}
         """Leases that were recalled, and who has not yet said that it knows."""
         self._surveyed: dict[UnitName, Tally] = {}
@@ -33,6 +34,7 @@ class Lessor:
         slot = self._slots.setdefault(unit, len(self._slots))
         model = self._dispatcher.scheduler.state.model_of(unit)
         endpoint = self._dispatcher.endpoint(unit)
+        self._leases[unit] = None
         if slot >= UNITS_MAX or model is None or endpoint is None:
             return  # they go on asking
         lease = self._leases[unit] = Lease(str(unit), model.name, slot, endpoint)
@@ -40,9 +42,10 @@ class Lessor:
             worker.say(lease)
 
     def renew(self, unit: UnitName) -> None:
-        lease = self._leases.get(unit)
-        if lease is not None and self._dispatcher.endpoint(unit) not in (lease.endpoint, None):
-            self.lend(unit)
+        if unit in self._leases:
+            lease = self._leases[unit]
+            if self._dispatcher.endpoint(unit) not in (None, lease and lease.endpoint):
+                self.lend(unit)
 
     def recall(self, unit: UnitName) -> None:
         self._leases.pop(unit, None)
@@ -55,7 +58,8 @@ class Lessor:
     def inform(self, worker: WorkerProcess) -> None:
         """Tell a fresh worker what is lent."""
         for lease in self._leases.values():
-            worker.say(lease)
+            if lease is not None:
+                worker.say(lease)
 
     def revoked(self, worker: WorkerProcess, unit: UnitName) -> None:
         """The worker knows that it may not any more."""

@@ -131,8 +131,7 @@ class Stage(msgspec.Struct, frozen=True, tag=True):
 
 
 class Connection(msgspec.Struct, frozen=True, tag=True):
-    """A client's connection is the other's to serve. Descriptors: its socket, and if something was read of it that is to be
-    answered, a memory file with that."""
+    """A client's connection is the other's to serve, see Channel.send_connection."""
 
     chunked: bool | None = None
     """Of an event stream whose head the client has already."""

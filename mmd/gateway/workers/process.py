@@ -1,7 +1,6 @@
 """One worker as the deciding process sees it."""
 
 import asyncio
-import os
 import socket
 import sys
 from asyncio.subprocess import DEVNULL, Process
@@ -11,13 +10,12 @@ from functools import partial
 from typing import Final
 
 from mmd.gateway.channel import Channel
-from mmd.gateway.workers.messages import ToDecider, ToWorker
+from mmd.gateway.workers.messages import Connection, ToDecider, ToWorker
 from mmd.gateway.workers.tally import Tally
 
 __all__ = ["WorkerProcess"]
 
 _COMMAND: Final = (sys.executable, "-I", "-m", "mmd.gateway.workers")
-_NOT_THEIRS: Final = ("LISTEN_PID", "LISTEN_FDS", "LISTEN_FDNAMES", "NOTIFY_SOCKET", "WATCHDOG_PID", "WATCHDOG_USEC")
 
 
 class WorkerProcess:
@@ -49,12 +47,9 @@ class WorkerProcess:
     ) -> "WorkerProcess":
         """`hear` gets what it says, with descriptors; `lose` is called once when it has gone. OSError: it cannot be started."""
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        environment = {name: value for name, value in os.environ.items() if name not in _NOT_THEIRS}
         with theirs:
             try:
-                process = await asyncio.create_subprocess_exec(
-                    *_COMMAND, stdin=theirs.fileno(), stdout=DEVNULL, env=environment
-                )
+                process = await asyncio.create_subprocess_exec(*_COMMAND, stdin=theirs.fileno(), stdout=DEVNULL)
             except OSError:
                 ours.close()
                 raise
@@ -66,6 +61,11 @@ class WorkerProcess:
 
     def say(self, message: ToWorker, *fds: int) -> None:
         self._channel.send(message, *fds)
+
+    def give(self, connection: int, read: bytes, chunked: bool | None) -> None:
+        """Let it serve a client's connection."""
+        self.connections = (self.connections or 0) + 1
+        self._channel.send_connection(Connection(chunked), connection, read)
 
     def arrivals(self, slot: int) -> int:
         """How many requests have come since the last call."""

@@ -13,7 +13,7 @@ from types import MappingProxyType
 from typing import Any, Final
 
 from mmd.config import Config
-from mmd.gateway.channel import from_memory, in_memory
+from mmd.gateway.channel import connection_of, in_memory
 from mmd.gateway.dispatcher import Dispatcher
 from mmd.gateway.relay.inference import Inference
 from mmd.gateway.server import Heir
@@ -34,16 +34,12 @@ from mmd.gateway.workers.messages import (
 from mmd.gateway.workers.process import WorkerProcess
 from mmd.names import UnitName
 
-__all__ = ["Staff", "worker_count"]
+__all__ = ["Staff"]
 
 _log = logging.getLogger(__name__)
 
 Adopt = Callable[[socket.socket, bytes, bool | None], Coroutine[Any, Any, None]]
 """As `mmd.gateway.server.Server.adopt`."""
-
-# `auto`: the machine's cores are the engines' first, and one process relays thousands of requests a second.
-_CORES_PER_WORKER: Final = 8
-_AUTO_MAX: Final = 4
 
 # How stale the scheduler's idea may be of what is in flight. What it acts upon is exact: it recalls the lease first.
 _SURVEY_S: Final = 0.25
@@ -60,20 +56,17 @@ _END_WITHIN_S: Final = 5.0
 _POLL_S: Final = 0.02
 
 
-def worker_count(configured: int | None) -> int:
-    """Processes that relay; 1: the one that decides does so itself. `configured`: gateway.workers, None for auto."""
-    return configured or max(1, min(_AUTO_MAX, len(os.sched_getaffinity(0)) // _CORES_PER_WORKER))
-
-
 class Staff:
     """All workers. They share `sockets`, and let through only what the dispatcher lends them or lets through itself."""
 
-    def __init__(self, dispatcher: Dispatcher, inference: Inference, sockets: Sequence[socket.socket], adopt: Adopt) -> None:
-        """`inference`: where what they relayed is counted; `adopt` serves a connection that asks for something else."""
+    def __init__(self, dispatcher: Dispatcher, inference: Inference, name: str, sockets: Sequence[socket.socket]) -> None:
+        """`inference`: where what they relayed is counted; `name`: the server's whose sockets they share."""
+        self.name = name
+        self.adopt: Adopt | None = None
+        """Serves a connection that asks for something else than inference: that server's."""
         self._dispatcher = dispatcher
         self._inference = inference
         self._sockets = tuple(sockets)
-        self._adopt = adopt
         self._loop = asyncio.get_running_loop()
         self._workers: list[WorkerProcess] = []
         self._desks: dict[WorkerProcess, Desk] = {}
@@ -85,7 +78,6 @@ class Staff:
         self._homeless: deque[tuple[int, bytes, bool | None]] = deque()
         """Connections that came while there was no worker."""
         self._timer: asyncio.TimerHandle | None = None
-        self._tasks: set[asyncio.Task[None]] = set()
         self._burials: set[asyncio.Task[None]] = set()
 
     @property
@@ -147,7 +139,7 @@ class Staff:
             if not self._ending:
                 await self._hire()
 
-        self._spawn(later(self._delay_s))
+        self._dispatcher.spawn(later(self._delay_s))
         self._delay_s = min(_DELAY_MAX_S, max(_DELAY_S, 2 * self._delay_s))
 
     def configure(self, config: Config) -> None:
@@ -179,9 +171,6 @@ class Staff:
         await asyncio.gather(*self._burials)  # a gateway that has ended leaves no process behind
         if self._timer is not None:
             self._timer.cancel()
-        for task in self._tasks:
-            task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
 
     def _watch(self) -> None:
         now = self._loop.time()
@@ -204,7 +193,7 @@ class Staff:
             case Drained():
                 self._lessor.survey()
             case Connection(chunked):
-                self._take(fds[0], from_memory(fds[1]) if len(fds) > 1 else b"", chunked)
+                self._take(*connection_of(fds), chunked)
             case _:
                 self._desks[worker].hear(message)
 
@@ -215,31 +204,23 @@ class Staff:
         if not worker.prepared.is_set():
             worker.prepared.set()
             while self._homeless:
-                self._send(worker, *self._homeless.popleft())
+                worker.give(*self._homeless.popleft())
 
-    def _take(self, connection: int, read: bytes, chunked: bool | None) -> None:
+    def _take(self, connection: socket.socket, read: bytes, chunked: bool | None) -> None:
         """A connection that a worker has no use for."""
         if self._heir is not None:
-            self._heir(connection, read, chunked)
+            self._heir(connection.detach(), read, chunked)
         else:
-            self._spawn(self._adopt(socket.socket(fileno=connection), read, chunked))
+            assert self.adopt is not None
+            self._dispatcher.spawn(self.adopt(connection, read, chunked))
 
     def give(self, connection: int, read: bytes, chunked: bool | None = None) -> None:
         """Let a worker serve a connection."""
         ready = [worker for worker in self._workers if worker.prepared.is_set()]
         if ready:
-            self._send(min(ready, key=lambda worker: worker.connections or 0), connection, read, chunked)
+            min(ready, key=lambda worker: worker.connections or 0).give(connection, read, chunked)
         else:
             self._homeless.append((connection, read, chunked))
-
-    def _send(self, worker: WorkerProcess, connection: int, read: bytes, chunked: bool | None) -> None:
-        worker.connections = (worker.connections or 0) + 1
-        worker.say(Connection(chunked), connection, *((in_memory(read),) if read else ()))
-
-    def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
-        task = self._loop.create_task(work)
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
 
 
 class _Pickler(pickle.Pickler):
