@@ -34,9 +34,18 @@ RARE = (
     ("POST", "/v1/reranking", "pooling", "rerank"),
     ("POST", "/tokenize", "tokens", "tokenize"),
     ("POST", "/detokenize", "tokens", "detokenize"),
+    ("POST", "/v1/audio/speech", "audio", "speech"),
+    ("POST", "/v1/audio/transcriptions", "audio", "transcriptions"),
+    ("POST", "/v1/audio/translations", "audio", "translations"),
+    ("GET", "/v1/audio/voices", "audio", "voices"),
+    ("POST", "/v1/images/generations", "images", "generations"),
+    ("POST", "/v1/images/edits", "images", "edits"),
+    ("POST", "/sdapi/v1/txt2img", "images", "text_to_image"),
+    ("POST", "/sdapi/v1/img2img", "images", "image_to_image"),
     ("POST", "/completion", "llama_cpp", "completion"),
     ("POST", "/infill", "llama_cpp", "infill"),
     ("GET", "/props", "llama_cpp", "props"),
+    ("GET", "/v1/realtime", "realtime", "realtime"),
 )
 """Method, path, module and function. The first request for one imports its module, so that an engine starts quickly."""
 

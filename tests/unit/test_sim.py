@@ -355,6 +355,26 @@ def test_process_logs_its_load_and_stops_on_sigterm(spawn: Callable[..., subproc
     assert process.wait(10) == 0
 
 
+def test_process_stops_at_once_though_a_client_is_connected(
+    tmp_path: Path, spawn: Callable[..., subprocess.Popen[str]]
+) -> None:
+    process = spawn()
+    wait_until_serving(process)
+
+    async def connected() -> None:
+        connector = aiohttp.UnixConnector(str(tmp_path / "engine.sock"))
+        async with (
+            aiohttp.ClientSession("http://m", connector=connector) as client,
+            client.ws_connect("/v1/realtime", timeout=aiohttp.ClientWSTimeout(ws_close=5)) as socket,
+        ):
+            assert (await socket.receive_json())["type"] == "session.created"
+            process.send_signal(signal.SIGTERM)
+            assert (await socket.receive(timeout=3)).type is aiohttp.WSMsgType.CLOSE
+
+    asyncio.run(connected())
+    assert process.wait(3) == 0
+
+
 def test_process_that_does_not_fit_dies_of_it(spawn: Callable[..., subprocess.Popen[str]]) -> None:
     first = spawn(*on_gpu(20))
     wait_until_serving(first)

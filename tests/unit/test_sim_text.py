@@ -218,6 +218,10 @@ BODIES: dict[str, dict[str, object]] = {
     "/v1/rerank": {"query": "a", "documents": ["b"]},
     "/tokenize": {"prompt": "a"},
     "/detokenize": {"tokens": [1]},
+    "/v1/audio/speech": {"input": "a"},
+    "/v1/images/generations": {"prompt": "a"},
+    "/sdapi/v1/txt2img": {"prompt": "a"},
+    "/sdapi/v1/img2img": {"prompt": "a", "init_images": ["b"]},
     "/completion": {"prompt": "a"},
     "/infill": {"input_prefix": "a", "input_suffix": "b"},
 }
