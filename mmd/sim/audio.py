@@ -11,9 +11,10 @@ from typing import Any
 
 from aiohttp import web
 
-from mmd.sim.call import Call, Form, inference, read_form
+from mmd.sim.call import Call, inference
 from mmd.sim.errors import BadRequestError
 from mmd.sim.events import send_events
+from mmd.sim.form import Form, read_form
 from mmd.sim.generate import AbortedError, Pace, collect, generate
 from mmd.sim.jobs import Job
 from mmd.sim.text import count_tokens, fraction

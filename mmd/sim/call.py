@@ -1,32 +1,16 @@
-"""One inference request: its body, JSON or a form, the model that it names, and its time in the engine."""
+"""One inference request: its body, the model that it names, and its time in the engine."""
 
 import json
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
-from aiohttp import BodyPartReader, web
-from aiohttp.http_exceptions import HttpProcessingError
+from aiohttp import web
 
 from mmd.sim.engine import Engine
 from mmd.sim.errors import BadRequestError, NotFoundError, RefusedError
 
-__all__ = [
-    "ENGINE",
-    "MAX_BODY_BYTES",
-    "STATES",
-    "Call",
-    "Form",
-    "State",
-    "Upload",
-    "inference",
-    "json_body",
-    "model_of",
-    "occupied",
-    "read_form",
-    "state_of",
-]
+__all__ = ["ENGINE", "MAX_BODY_BYTES", "STATES", "Call", "State", "inference", "json_body", "model_of", "occupied", "state_of"]
 
 _State = TypeVar("_State", bound="State")
 
@@ -44,31 +28,13 @@ STATES = web.AppKey("states", dict[type[State], State])
 MAX_BODY_BYTES = 64 << 20
 
 
-@dataclass(frozen=True, slots=True)
-class Call:
+class Call(NamedTuple):
     """What a handler works with once its request is running."""
 
     engine: Engine
     body: Mapping[str, Any]
     model: str
     """The engine's own name or an adapter's."""
-
-
-@dataclass(frozen=True, slots=True)
-class Upload:
-    """A file of a form."""
-
-    name: str
-    filename: str
-    content: bytes
-
-
-@dataclass(frozen=True, slots=True)
-class Form:
-    """A multipart/form-data body; of a field that comes twice the last value counts."""
-
-    fields: dict[str, str]
-    files: tuple[Upload, ...]
 
 
 async def json_body(request: web.Request) -> dict[str, Any]:
@@ -80,31 +46,6 @@ async def json_body(request: web.Request) -> dict[str, Any]:
     if not isinstance(body, dict):
         raise BadRequestError("the body must be a JSON object")
     return body
-
-
-async def read_form(request: web.Request) -> Form:
-    """The body, which must be multipart/form-data; BadRequestError."""
-    if request.content_type != "multipart/form-data":
-        raise BadRequestError(f"the body must be multipart/form-data, not {request.content_type}")
-    fields: dict[str, str] = {}
-    files: list[Upload] = []
-    size_bytes = 0
-    try:
-        reader = await request.multipart()
-        while (part := await reader.next()) is not None:
-            if not isinstance(part, BodyPartReader) or part.name is None:
-                raise BadRequestError("the form has a part without a name, or in several parts")
-            content = bytes(await part.read())
-            size_bytes += len(content)
-            if size_bytes > MAX_BODY_BYTES:
-                raise web.HTTPRequestEntityTooLarge(MAX_BODY_BYTES, size_bytes)
-            if part.filename is None:
-                fields[part.name] = content.decode(errors="replace")
-            else:
-                files.append(Upload(part.name, part.filename, content))
-    except (ValueError, HttpProcessingError) as error:
-        raise BadRequestError(f"the form cannot be read: {error}") from None
-    return Form(fields, tuple(files))
 
 
 def model_of(engine: Engine, name: object) -> str:

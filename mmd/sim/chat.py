@@ -22,7 +22,7 @@ async def _chat(request: web.Request) -> web.StreamResponse:
             return await send_events(request, _chat_chunks(call, jobs), done=True)
         results = await collect(call.engine, jobs)
         answers = [
-            {"index": job.index, "message": {"role": "assistant", "content": result.text}, "logprobs": None}
+            {"index": job.choice, "message": {"role": "assistant", "content": result.text}, "logprobs": None}
             | _end(result.finish_reason, result.stopped_by)
             for job, result in zip(jobs, results, strict=True)
         ]
@@ -37,7 +37,7 @@ async def _completions(request: web.Request) -> web.StreamResponse:
             return await send_events(request, _text_chunks(call, jobs), done=True)
         results = await collect(call.engine, jobs)
         answers = [
-            {"index": job.index, "text": result.text, "logprobs": None} | _end(result.finish_reason, result.stopped_by)
+            {"index": job.choice, "text": result.text, "logprobs": None} | _end(result.finish_reason, result.stopped_by)
             for job, result in zip(jobs, results, strict=True)
         ]
         usage = _usage(_prompt_tokens(call.body, jobs), sum(result.tokens for result in results))
@@ -47,13 +47,13 @@ async def _completions(request: web.Request) -> web.StreamResponse:
 async def _chat_chunks(call: Call, jobs: Sequence[Job]) -> AsyncIterator[Mapping[str, Any]]:
     base, tokens = _envelope(call, "chat.completion.chunk"), 0
     for job in jobs:
-        first = {"index": job.index, "delta": {"role": "assistant", "content": ""}, "logprobs": None, "finish_reason": None}
+        first = {"index": job.choice, "delta": {"role": "assistant", "content": ""}, "logprobs": None, "finish_reason": None}
         yield base | {"choices": [first]}
     async for job, said in generate(call.engine, jobs):
         tokens += said.tokens
         if _is_news(said):
             delta = {"content": said.text} if said.text else {}
-            choice = {"index": job.index, "delta": delta, "logprobs": None} | _end(said.finish_reason, said.stopped_by)
+            choice = {"index": job.choice, "delta": delta, "logprobs": None} | _end(said.finish_reason, said.stopped_by)
             yield base | {"choices": [choice]}
     if _wants_usage(call.body):
         yield base | {"choices": [], "usage": _usage(jobs[0].prompt_tokens, tokens)}
@@ -64,7 +64,7 @@ async def _text_chunks(call: Call, jobs: Sequence[Job]) -> AsyncIterator[Mapping
     async for job, said in generate(call.engine, jobs):
         tokens += said.tokens
         if _is_news(said):
-            choice = {"index": job.index, "text": said.text, "logprobs": None} | _end(said.finish_reason, said.stopped_by)
+            choice = {"index": job.choice, "text": said.text, "logprobs": None} | _end(said.finish_reason, said.stopped_by)
             yield base | {"choices": [choice]}
     if _wants_usage(call.body):
         yield base | {"choices": [], "usage": _usage(_prompt_tokens(call.body, jobs), tokens)}

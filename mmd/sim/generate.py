@@ -2,8 +2,8 @@
 
 import asyncio
 from collections.abc import AsyncIterator, Iterator, Sequence
-from dataclasses import dataclass
 from itertools import chain, islice, repeat
+from typing import NamedTuple
 
 from mmd.sim.engine import Engine
 from mmd.sim.errors import RefusedError
@@ -20,8 +20,7 @@ class AbortedError(RefusedError):
         super().__init__("aborted: the engine was put to sleep")
 
 
-@dataclass(frozen=True, slots=True)
-class Completion:
+class Completion(NamedTuple):
     """What one token adds to an answer."""
 
     text: str = ""
@@ -33,8 +32,7 @@ class Completion:
     """The stop sequence that ended it."""
 
 
-@dataclass(frozen=True, slots=True)
-class Result:
+class Result(NamedTuple):
     """A whole answer."""
 
     text: str
@@ -86,9 +84,9 @@ async def generate(engine: Engine, jobs: Sequence[Job]) -> AsyncIterator[tuple[J
 
 async def collect(engine: Engine, jobs: Sequence[Job]) -> list[Result]:
     """The whole answers, in the order of `jobs`."""
-    said: dict[int, list[Completion]] = {job.index: [] for job in jobs}
+    said: dict[int, list[Completion]] = {job.choice: [] for job in jobs}
     async for job, completion in generate(engine, jobs):
-        said[job.index].append(completion)
+        said[job.choice].append(completion)
     return [
         Result(
             "".join(one.text for one in all_of),

@@ -11,9 +11,10 @@ from typing import Any
 
 from aiohttp import web
 
-from mmd.sim.call import Call, inference, json_body, read_form
+from mmd.sim.call import Call, inference, json_body
 from mmd.sim.errors import BadRequestError
 from mmd.sim.fields import whole
+from mmd.sim.form import read_form
 from mmd.sim.generate import Pace
 from mmd.sim.text import count_tokens
 

@@ -2,8 +2,7 @@
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from mmd.sim.errors import BadRequestError
 from mmd.sim.fields import content_text, one_of, texts, whole
@@ -15,9 +14,8 @@ _MOST_CHOICES = 128
 """OpenAI's limit of `n`."""
 
 
-@dataclass(frozen=True, slots=True)
-class Job:
-    """One text that is to be generated."""
+class Job(NamedTuple):
+    """One text that is to be generated. A named tuple like others that an engine always imports: it starts sooner."""
 
     model: str
     """As the client named it: the engine's own name, or an adapter's."""
@@ -27,8 +25,8 @@ class Job:
     """None: until the answer ends by itself."""
     min_tokens: int = 0
     stop: tuple[str, ...] = ()
-    index: int = 0
-    """Of the choice in the answer."""
+    choice: int = 0
+    """Its index in the answer."""
 
 
 def chat_jobs(body: Mapping[str, Any], model: str) -> list[Job]:
@@ -36,7 +34,7 @@ def chat_jobs(body: Mapping[str, Any], model: str) -> list[Job]:
     said = _messages(body.get("messages"))
     tokens = sum(map(count_tokens, said))
     limit = one_of(body, "max_completion_tokens", "max_tokens")
-    return [_job(body, model, said[-1], tokens, limit, index=index) for index in range(choices(body))]
+    return [_job(body, model, said[-1], tokens, limit, choice=index) for index in range(choices(body))]
 
 
 def completion_jobs(body: Mapping[str, Any], model: str, *, limit: str = "max_tokens", default: int | None = 16) -> list[Job]:
@@ -51,7 +49,7 @@ def completion_jobs(body: Mapping[str, Any], model: str, *, limit: str = "max_to
         tokens = [count_tokens(text) for text in prompts]
     most = body.get(limit, default)
     return [
-        _job(body, model, text, tokens[number], most, index=number * number_of_choices + choice)
+        _job(body, model, text, tokens[number], most, choice=number * number_of_choices + choice)
         for number, text in enumerate(prompts)
         for choice in range(number_of_choices)
     ]
@@ -97,7 +95,7 @@ def _messages(messages: object) -> list[str]:
 
 
 def _job(
-    body: Mapping[str, Any], model: str, prompt: str, tokens: int, limit: object, *, index: int = 0, stop: str = "stop"
+    body: Mapping[str, Any], model: str, prompt: str, tokens: int, limit: object, *, choice: int = 0, stop: str = "stop"
 ) -> Job:
     if limit is not None and (not isinstance(limit, int) or limit < 1):
         raise BadRequestError(f"max_tokens must be at least 1, got {json.dumps(limit)}", param="max_tokens")
@@ -112,7 +110,7 @@ def _job(
         max_tokens=most,
         min_tokens=floor,
         stop=_stop(body.get(stop), stop),
-        index=index,
+        choice=choice,
     )
 
 

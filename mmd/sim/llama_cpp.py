@@ -50,20 +50,20 @@ async def _answer(request: web.Request, call: Call, body: Mapping[str, Any]) -> 
 
 
 async def _events(call: Call, jobs: Sequence[Job]) -> AsyncIterator[Mapping[str, Any]]:
-    tokens = {job.index: 0 for job in jobs}
+    tokens = {job.choice: 0 for job in jobs}
     async for job, said in generate(call.engine, jobs):
-        tokens[job.index] += said.tokens
+        tokens[job.choice] += said.tokens
         if said.text:
-            yield {"index": job.index, "content": said.text, "tokens": [], "stop": False}
+            yield {"index": job.choice, "content": said.text, "tokens": [], "stop": False}
         if said.finish_reason:
-            yield _final(call, job, "", tokens[job.index], said.finish_reason, said.stopped_by)
+            yield _final(call, job, "", tokens[job.choice], said.finish_reason, said.stopped_by)
 
 
 def _final(call: Call, job: Job, text: str, tokens: int, reason: str | None, stopped_by: str | None) -> dict[str, Any]:
     rate = call.engine.options.tokens_per_second
     settings = {"n_ctx": CONTEXT_TOKENS, "n_predict": -1 if job.max_tokens is None else job.max_tokens, "stop": list(job.stop)}
     return {
-        "index": job.index,
+        "index": job.choice,
         "content": text,
         "tokens": [],
         "id_slot": 0,
