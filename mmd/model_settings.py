@@ -94,7 +94,7 @@ _LIMITS = Section(
 
 _SIM = Section(
     "sim",
-    "The simulated engine.",
+    "The simulated engine, which answers what clients of vLLM, llama.cpp, OpenAI and Anthropic ask, without a model.",
     by_key(
         Setting("load_time", kinds.DURATION, "2s", "How long it takes to start.", "load_time_s"),
         Setting("wake_time", kinds.DURATION, "200ms", "How long it takes to wake from level 1.", "wake_time_s"),

@@ -1,1 +1,1 @@
-"""The embedded engine: an OpenAI-compatible server with a load time, a memory footprint and a token rate, and no model."""
+"""The embedded engine: the API of vLLM, OpenAI, Anthropic and llama.cpp; a load time and a memory footprint, but no model."""

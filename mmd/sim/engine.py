@@ -8,20 +8,17 @@ from contextlib import asynccontextmanager
 from typing import NoReturn, TypeVar
 
 from mmd.engines.sim import RESIDUAL_SHARE
+from mmd.sim.errors import RefusedError
 from mmd.sim.ledger import HOST, Claim, Ledger, OutOfMemoryError
 from mmd.sim.options import Options
 
-__all__ = ["Engine", "RefusedError"]
+__all__ = ["Engine"]
 
 _T = TypeVar("_T")
 
 _SHARDS = 10
 _KINDS = frozenset({"weights", "kv_cache"})
 """What vLLM's sleep frees and its wake brings back, by tag."""
-
-
-class RefusedError(Exception):
-    """A control call that the engine refuses; the message is its answer (status 500)."""
 
 
 class Engine:

@@ -1,123 +1,131 @@
-"""Generation: a request's limits, and its tokens at the configured rate."""
+"""Generation: the tokens of jobs at the configured rate."""
 
 import asyncio
-import json
-from collections.abc import AsyncIterator, Mapping
-from dataclasses import dataclass
+from collections.abc import AsyncIterator, Iterator, Sequence
 from itertools import chain, islice, repeat
-from typing import Any
+from typing import NamedTuple
 
 from mmd.sim.engine import Engine
-from mmd.sim.text import GARBAGE, answer, count_tokens
+from mmd.sim.errors import RefusedError
+from mmd.sim.jobs import Job
+from mmd.sim.text import GARBAGE, answer
 
-__all__ = ["BadRequestError", "Completion", "Job", "chat_job", "completion_jobs", "generate", "responses_job"]
-
-
-class BadRequestError(Exception):
-    """The request body is wrong; the message is for the client (status 400)."""
+__all__ = ["AbortedError", "Completion", "Pace", "Result", "collect", "generate"]
 
 
-@dataclass(frozen=True, slots=True)
-class Job:
-    """What is to be generated."""
+class AbortedError(RefusedError):
+    """A sleep cut off what was in flight."""
 
-    prompt: str
-    prompt_tokens: int
-    max_tokens: int | None
-    """None: until the answer ends by itself."""
-    min_tokens: int = 0
-    index: int = 0
-    """Of the choice in the answer."""
+    def __init__(self) -> None:
+        super().__init__("aborted: the engine was put to sleep")
 
 
-@dataclass(frozen=True, slots=True)
-class Completion:
-    """One token (or, at the end, the reason why there are no more)."""
+class Completion(NamedTuple):
+    """What one token adds to an answer."""
 
     text: str = ""
+    """Nothing, while it may be the beginning of a stop sequence."""
+    tokens: int = 1
     finish_reason: str | None = None
+    """Of the last one: stop, length or abort."""
+    stopped_by: str | None = None
+    """The stop sequence that ended it."""
 
 
-def chat_job(body: Mapping[str, Any]) -> Job:
-    """From a /v1/chat/completions body; BadRequestError."""
-    messages = body.get("messages")
-    if not isinstance(messages, list) or not messages or not all(isinstance(message, dict) for message in messages):
-        raise BadRequestError("messages: a list of at least one message is required")
-    texts = [_content(message.get("content")) for message in messages]
-    limit = body.get("max_completion_tokens", body.get("max_tokens"))
-    return _job(body, prompt=texts[-1], prompt_tokens=sum(map(count_tokens, texts)), max_tokens=limit)
+class Result(NamedTuple):
+    """A whole answer."""
+
+    text: str
+    tokens: int
+    finish_reason: str | None
+    stopped_by: str | None
 
 
-def completion_jobs(body: Mapping[str, Any]) -> list[Job]:
-    """From a /v1/completions body, one for each prompt; BadRequestError."""
-    prompt = body.get("prompt")
-    single = isinstance(prompt, str) or (isinstance(prompt, list) and all(isinstance(token, int) for token in prompt))
-    prompts = [prompt] if single else prompt
-    if not isinstance(prompts, list) or not prompts:
-        raise BadRequestError("prompt: a string, a list of tokens or a list of either is required")
-    texts = [_content(one) for one in prompts]
-    limit = body.get("max_tokens", 16)
+class Pace:
+    """When the tokens of one request are due; a step of another kind, such as one of drawing a picture, takes as long."""
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+        self._loop = asyncio.get_running_loop()
+        self._started = self._loop.time()
+        self._aborts = engine.aborts
+        self._ticks = 0
+
+    async def tick(self) -> None:
+        """Wait for the next token's time, and while a sleep holds requests; AbortedError when one cut them off."""
+        self._ticks += 1
+        rate = self._engine.options.tokens_per_second
+        if rate:
+            await asyncio.sleep(max(0.0, self._started + self._ticks / rate - self._loop.time()))
+        await self._engine.running()
+        if self._engine.aborts != self._aborts:
+            raise AbortedError
+
+
+async def generate(engine: Engine, jobs: Sequence[Job]) -> AsyncIterator[tuple[Job, Completion]]:
+    """The tokens of all `jobs`, side by side as in a batch; the last one of each has its finish reason."""
+    pace = Pace(engine)
+    active = [(job, _say(job, garbage=not engine.weights_valid)) for job in jobs]
+    while active:
+        try:
+            await pace.tick()
+        except AbortedError:
+            for job, _ in active:
+                yield job, Completion(tokens=0, finish_reason="abort")
+            return
+        going = []
+        for job, voice in active:
+            completion = next(voice)
+            yield job, completion
+            if completion.finish_reason is None:
+                going.append((job, voice))
+        active = going
+
+
+async def collect(engine: Engine, jobs: Sequence[Job]) -> list[Result]:
+    """The whole answers, in the order of `jobs`."""
+    said: dict[int, list[Completion]] = {job.choice: [] for job in jobs}
+    async for job, completion in generate(engine, jobs):
+        said[job.choice].append(completion)
     return [
-        _job(
-            body,
-            prompt=text,
-            prompt_tokens=len(one) if isinstance(one, list) else count_tokens(text),
-            max_tokens=limit,
-            index=i,
+        Result(
+            "".join(one.text for one in all_of),
+            sum(one.tokens for one in all_of),
+            all_of[-1].finish_reason,
+            all_of[-1].stopped_by,
         )
-        for i, (one, text) in enumerate(zip(prompts, texts, strict=True))
+        for all_of in said.values()
     ]
 
 
-def responses_job(body: Mapping[str, Any]) -> Job:
-    """From a /v1/responses body; BadRequestError."""
-    given = body.get("input")
-    items = given if isinstance(given, list) else [{"content": given}]
-    if not items or not all(isinstance(item, dict) for item in items):
-        raise BadRequestError("input: a string or a list of items is required")
-    texts = [_content(item.get("content")) for item in items]
-    return _job(body, prompt=texts[-1], prompt_tokens=sum(map(count_tokens, texts)), max_tokens=body.get("max_output_tokens"))
-
-
-def _content(content: object) -> str:
-    """The text of a message's content: a string, a list of parts (pictures are left out) or of token numbers, or nothing."""
-    match content:
-        case None:
-            return ""
-        case str():
-            return content
-        case list():
-            return " ".join(str(part.get("text", "")) if isinstance(part, dict) else str(part) for part in content)
-        case _:
-            raise BadRequestError(f"content: expected a string or a list, got {json.dumps(content)}")
-
-
-def _job(body: Mapping[str, Any], *, prompt: str, prompt_tokens: int, max_tokens: object, index: int = 0) -> Job:
-    if body.get("n") not in (None, 1):
-        raise BadRequestError("n: only 1 is simulated")
-    if max_tokens is not None and (not isinstance(max_tokens, int) or max_tokens < 1):
-        raise BadRequestError(f"max_tokens must be at least 1, got {json.dumps(max_tokens)}")
-    floor = max_tokens if body.get("ignore_eos") and isinstance(max_tokens, int) else body.get("min_tokens") or 0
-    if not isinstance(floor, int):
-        raise BadRequestError(f"min_tokens: expected an integer, got {json.dumps(floor)}")
-    return Job(prompt=prompt, prompt_tokens=prompt_tokens, max_tokens=max_tokens, min_tokens=floor, index=index)
-
-
-async def generate(engine: Engine, job: Job) -> AsyncIterator[Completion]:
-    """The tokens of `job`, paced, and last its finish reason."""
-    natural, filler = answer(engine.options.model, job.prompt)
+def _say(job: Job, *, garbage: bool) -> Iterator[Completion]:
+    """One for each token, until the answer, the limit or a stop sequence ends it."""
+    natural, filler = answer(job.model, job.prompt)
     length = max(len(natural), job.min_tokens)
     wanted = length if job.max_tokens is None else min(length, job.max_tokens)
-    words = chain(natural, filler) if engine.weights_valid else repeat(GARBAGE)
-    loop = asyncio.get_running_loop()
-    rate = engine.options.tokens_per_second
-    started, aborts = loop.time(), engine.aborts
+    reason = "stop" if wanted >= len(natural) and not job.min_tokens else "length"
+    if not wanted:
+        yield Completion(tokens=0, finish_reason=reason)
+    held = ""
+    words = repeat(GARBAGE) if garbage else chain(natural, filler)
     for number, word in enumerate(islice(words, wanted), start=1):
-        if rate:
-            await asyncio.sleep(max(0.0, started + number / rate - loop.time()))
-        await engine.running()
-        if engine.aborts != aborts:
-            yield Completion(finish_reason="abort")
+        held += word
+        if found := _first_stop(held, job.stop):
+            yield Completion(held[: held.index(found)], finish_reason="stop", stopped_by=found)
             return
-        yield Completion(text=word)
-    yield Completion(finish_reason="stop" if wanted >= len(natural) and not job.min_tokens else "length")
+        if number == wanted:
+            yield Completion(held, finish_reason=reason)
+            return
+        ready = len(held) - _beginning(held, job.stop)
+        yield Completion(held[:ready])
+        held = held[ready:]
+
+
+def _first_stop(text: str, stops: Sequence[str]) -> str | None:
+    return min((stop for stop in stops if stop in text), key=text.index, default=None)
+
+
+def _beginning(text: str, stops: Sequence[str]) -> int:
+    """How many characters at the end of `text` may be the beginning of a stop sequence."""
+    lengths = (size for stop in stops for size in range(min(len(stop) - 1, len(text)), 0, -1) if text.endswith(stop[:size]))
+    return max(lengths, default=0)

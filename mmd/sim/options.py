@@ -31,6 +31,8 @@ class Faults:
 @dataclass(frozen=True, slots=True)
 class Options:
     model: str
+    lora: dict[str, str]
+    """The path of each adapter, by the name that clients send."""
     socket: Path | None
     port: int | None
     load_time_s: float
@@ -58,6 +60,7 @@ def parse(argv: Sequence[str]) -> Options:
         parser.error("one of --socket and --port is needed")
     return Options(
         model=raw["model"],
+        lora=dict(raw["lora"]),
         socket=raw["socket"],
         port=raw["port"],
         load_time_s=raw["load_time"],
@@ -74,8 +77,11 @@ def parse(argv: Sequence[str]) -> Options:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="mmd-sim", description="An OpenAI-compatible server without a model behind it.")
+    parser = argparse.ArgumentParser(
+        prog="mmd-sim", description="The API of vLLM, OpenAI, Anthropic and llama.cpp without a model behind it."
+    )
     parser.add_argument("--model", required=True, help="the name that clients send")
+    parser.add_argument("--lora", type=_name_and_path, action="append", default=[], metavar="NAME=PATH", help="an adapter")
     where = parser.add_mutually_exclusive_group()
     where.add_argument("--socket", type=Path, help="listen on this Unix socket")
     where.add_argument("--port", type=int, help="listen on this TCP port of 127.0.0.1")
@@ -116,3 +122,10 @@ def _indexes(text: str) -> tuple[int, ...]:
 def _index_and_bytes(text: str) -> tuple[int, int]:
     index, _, size = text.partition("=")
     return int(index), int(size)
+
+
+def _name_and_path(text: str) -> tuple[str, str]:
+    name, found, path = text.partition("=")
+    if not (found and name and path):
+        raise ValueError(text)  # argparse makes its usage message of it
+    return name, path

@@ -9,15 +9,14 @@ import subprocess
 import sys
 import time
 from collections import Counter
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
-from contextlib import asynccontextmanager
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import aiohttp
 import openai
 import pytest
-from aiohttp import web
 from aiohttp.test_utils import TestServer
+from sim_engine import CHAT, arguments, data_of, until, with_engine
 
 from mmd.sim.api import make_app
 from mmd.sim.engine import Engine
@@ -25,47 +24,6 @@ from mmd.sim.ledger import Ledger
 from mmd.sim.options import parse
 
 GIB = 1 << 30
-CHAT = {"model": "m", "messages": [{"role": "user", "content": "hello there"}]}
-
-
-def arguments(directory: Path, *extra: str) -> list[str]:
-    return [
-        *("--model", "m", "--socket", str(directory / "engine.sock"), "--load-time", "0", "--wake-time", "0.01"),
-        *("--tokens-per-second", "0", "--sim-dir", str(directory / "sim"), *extra),
-    ]
-
-
-@asynccontextmanager
-async def serving(directory: Path, *extra: str) -> AsyncIterator[tuple[aiohttp.ClientSession, Engine]]:
-    """An engine in this process, loaded, on a Unix socket, and a client of it."""
-    engine = Engine(parse(arguments(directory, *extra)))
-    await engine.load()
-    runner = web.AppRunner(make_app(engine), handler_cancellation=True, shutdown_timeout=0.1)
-    await runner.setup()
-    await web.UnixSite(runner, str(directory / "engine.sock")).start()
-    try:
-        async with aiohttp.ClientSession("http://m", connector=aiohttp.UnixConnector(str(directory / "engine.sock"))) as client:
-            yield client, engine
-    finally:
-        await runner.cleanup()
-
-
-def with_engine(directory: Path, body: Callable[[aiohttp.ClientSession, Engine], Awaitable[None]], *extra: str) -> None:
-    async def run() -> None:
-        async with serving(directory, *extra) as (client, engine):
-            await body(client, engine)
-
-    asyncio.run(run())
-
-
-async def until(condition: Callable[[], bool]) -> None:
-    async with asyncio.timeout(5):
-        while not condition():  # noqa: ASYNC110  the engine has no event for what is asked
-            await asyncio.sleep(0.01)
-
-
-async def events(answer: aiohttp.ClientResponse) -> list[str]:
-    return [line[6:].decode().strip() async for line in answer.content if line.startswith(b"data: ")]
 
 
 def on_gpu(size_gib: float) -> tuple[str, ...]:
@@ -85,7 +43,7 @@ def test_chat_is_deterministic(tmp_path: Path, stream: bool) -> None:
         async with client.post("/v1/chat/completions", json=CHAT | {"stream": stream}) as answer:
             assert answer.status == 200
             if stream:
-                data = await events(answer)
+                data = await data_of(answer)
                 assert data[-1] == "[DONE]"
                 chunks = [json.loads(event) for event in data[:-1]]
                 assert all(chunk["object"] == "chat.completion.chunk" for chunk in chunks)
@@ -178,7 +136,8 @@ def test_embeddings_base64_equal_floats(tmp_path: Path) -> None:
         ("/v1/chat/completions", '{"messages": [{"content": 3}]}', 400, "content"),
         ("/v1/completions", '{"model": "m"}', 400, "prompt"),
         ("/v1/completions", '{"prompt": "a", "max_tokens": 0}', 400, "at least 1"),
-        ("/v1/completions", '{"prompt": "a", "n": 2}', 400, "n: only 1"),
+        ("/v1/completions", '{"prompt": "a", "n": 0}', 400, "n: expected"),
+        ("/v1/completions", '{"prompt": "a", "stop": 3}', 400, "stop: a string"),
         ("/v1/embeddings", '{"model": "m"}', 400, "input"),
         ("/v1/responses", '{"input": []}', 400, "input"),
         ("/v1/chat/completions", '{"model": "x"}', 404, "`x` does not exist"),
@@ -199,7 +158,7 @@ def test_bad_requests(tmp_path: Path, path: str, sent: str, status: int, words: 
 
 def test_unknown_routes_answer_as_fastapi_does(tmp_path: Path) -> None:
     async def body(client: aiohttp.ClientSession, engine: Engine) -> None:
-        async with client.post("/v1/rerank", json={}) as answer:
+        async with client.post("/v1/nothing", json={}) as answer:
             assert (answer.status, await answer.json()) == (404, {"detail": "Not Found"})
         async with client.get("/v1/completions") as answer:
             assert answer.status == 405
@@ -394,6 +353,26 @@ def test_process_logs_its_load_and_stops_on_sigterm(spawn: Callable[..., subproc
     assert "Loading safetensors checkpoint shards:  50% Completed | 5/10" in log
     process.send_signal(signal.SIGTERM)
     assert process.wait(10) == 0
+
+
+def test_process_stops_at_once_though_a_client_is_connected(
+    tmp_path: Path, spawn: Callable[..., subprocess.Popen[str]]
+) -> None:
+    process = spawn()
+    wait_until_serving(process)
+
+    async def connected() -> None:
+        connector = aiohttp.UnixConnector(str(tmp_path / "engine.sock"))
+        async with (
+            aiohttp.ClientSession("http://m", connector=connector) as client,
+            client.ws_connect("/v1/realtime", timeout=aiohttp.ClientWSTimeout(ws_close=5)) as socket,
+        ):
+            assert (await socket.receive_json())["type"] == "session.created"
+            process.send_signal(signal.SIGTERM)
+            assert (await socket.receive(timeout=3)).type is aiohttp.WSMsgType.CLOSE
+
+    asyncio.run(connected())
+    assert process.wait(3) == 0
 
 
 def test_process_that_does_not_fit_dies_of_it(spawn: Callable[..., subprocess.Popen[str]]) -> None:
