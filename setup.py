@@ -26,7 +26,8 @@ COMPILED: Final = (
     "mmd/gateway/relay/engine.py",  # takes an engine's connection, and gives it back
     "mmd/gateway/relay/counters.py",  # counts the tokens of every answer
     "mmd/gateway/relay/gate.py",  # and a place there
-    "mmd/gateway/dispatcher.py",  # a ticket for every request
+    "mmd/gateway/dispatcher.py",  # of the dispatcher, which writes
+    "mmd/gateway/ticket.py",  # a ticket for every request
     "mmd/gateway/workers/tenant.py",  # or, in a worker, its lease
     "mmd/gateway/workers/tally.py",  # and what is counted by it
     "mmd/policy/scheduler.py",  # lets it in

@@ -169,6 +169,13 @@ class Sim(NamedTuple):
     tokens_per_second: float = 200.0
 
 
+class Filters(NamedTuple):
+    """What is changed in requests to a model, at the top level of their JSON."""
+
+    strip: tuple[str, ...] = ()
+    set: Mapping[str, object] = MappingProxyType({})
+
+
 class Model(NamedTuple):
     """One model, complete: `defaults` and its profile are merged in."""
 
@@ -201,6 +208,9 @@ class Model(NamedTuple):
     concurrency: int = 0
     health: Health = Health()
     restart_on_connection_failure: bool = True
+    lora: Mapping[str, str] = MappingProxyType({})
+    """Adapters: the name that clients send, and a path or hub id."""
+    filters: Filters = Filters()
     limits: Limits = Limits()
     description: str = ""
     url: str | None = None
@@ -232,8 +242,8 @@ class Config(NamedTuple):
     """By name, in the order of the files."""
 
     def resolve(self, name: str) -> Model | None:
-        """The model that a client means by `name`: a model's name, else an alias."""
+        """The model that a client means by `name`: a model's name, else an alias, or an adapter of it."""
         model = self.models.get(name)
         if model is not None:
             return model
-        return next((m for m in self.models.values() if name in m.aliases), None)
+        return next((m for m in self.models.values() if name in m.aliases or name in m.lora), None)

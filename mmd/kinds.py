@@ -23,6 +23,7 @@ from mmd.quantity import (
 
 __all__ = [
     "ADDRESS",
+    "ANY",
     "BOOLEAN",
     "COUNT",
     "DEVICE",
@@ -158,6 +159,17 @@ def _or_word(kind: Kind, words: tuple[str, ...]) -> Kind:
         return words[0] if value is None else kind.write(value)
 
     return Kind(noun, {"anyOf": [kind.schema, {"enum": list(words)}]}, read, write, words[0])
+
+
+def _read_any(value: Any) -> Any:
+    """What JSON can say; YAML can say more."""
+    if isinstance(value, dict):
+        return {str(key): _read_any(part) for key, part in value.items()}
+    if isinstance(value, list):
+        return [_read_any(part) for part in value]
+    if value is None or isinstance(value, str | bool | int) or _is_number(value):
+        return value
+    raise bad_value(value, "a value that JSON knows", "text, a number, true, false, null, a list or a mapping")
 
 
 def _read_boolean(value: Any) -> bool:
@@ -332,6 +344,7 @@ RESOURCE_NAME = _matching("a resource name", r"[a-z][a-z0-9._-]{0,62}", "lower-c
 VARIABLE_NAME = _matching("a name of an environment variable", r"[A-Za-z_][A-Za-z0-9_]*")
 TEXT = Kind("text", {"type": "string", "not": {"pattern": r"\x00"}}, _read_text)
 WORD = Kind("text or a whole number", {"anyOf": [TEXT.schema, {"type": "integer"}]}, _read_word)
+ANY = Kind("any value", {}, _read_any)
 BOOLEAN = Kind("true or false", {"type": "boolean"}, _read_boolean)
 _SIZE = _Quantity(SIZE_PATTERN, parse_size, format_size, "write 18GiB, 512MiB or 2GB")
 _DURATION = _Quantity(DURATION_PATTERN, parse_duration, format_duration, "write 250ms, 30s, 5min or 2h")

@@ -57,6 +57,18 @@ _REPLICAS = Section(
     engines=_STARTED,
 )
 
+_FILTERS = Section(
+    "filters",
+    "What is changed in the JSON of its requests, at the top level.",
+    by_key(
+        Setting("strip", kinds.listing(kinds.TEXT), "[]", "Fields that are left out."),
+        Setting(
+            "set", kinds.mapping(kinds.TEXT, kinds.ANY), "{}", "Fields and the value that they get, whatever the client sent."
+        ),
+    ),
+    config.Filters,
+)
+
 _HEALTH = Section(
     "health",
     "How mmd knows that the engine works.",
@@ -192,8 +204,14 @@ MODEL = Section(
         ),
         Later("port", "A port of its own."),
         Later("port_protocol", "What its own port speaks."),
-        Later("lora", "LoRA adapters, each a model for clients."),
-        Later("filters", "Changes to requests on their way."),
+        Setting(
+            "lora",
+            kinds.mapping(kinds.TEXT, kinds.TEXT),
+            "{}",
+            "LoRA adapters by name: a path or hub id each. To clients each is a model of its own name.",
+            engines=_SLEEPING,
+        ),
+        _FILTERS,
         _LIMITS,
         Setting("description", kinds.TEXT, '""', "For people."),
         Setting("url", kinds.TEXT, "", "A link to a page of the model's own; {host} stands for this machine."),

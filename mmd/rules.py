@@ -119,10 +119,13 @@ class NamesTaken:
             elif alias in seen:
                 yield where, f"{alias!r} is given twice", "remove one"
             seen.add(alias)
+        for adapter in model.lora:
+            if adapter in self._names or adapter in self._aliases or adapter in seen:
+                yield ("lora", adapter), f"{adapter!r} is the name of another model already", "choose another name"
 
     def add(self, model: Model) -> None:
         self._ids[model.id] = model.name
-        self._aliases.update((alias, model.name) for alias in model.aliases)
+        self._aliases.update((name, model.name) for name in (*model.aliases, *model.lora))
 
 
 def check_gateway(gateway: Gateway, complaints: list[Complaint]) -> Gateway:

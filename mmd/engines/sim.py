@@ -46,6 +46,7 @@ class SimEngine:
             *("--gpus", "{gpus}"),
             *(word for index, total_bytes in memory for word in ("--gpu-memory", f"{index}={total_bytes}")),
             *("--sim-dir", context.sim_dir),
+            *(word for name, path in model.lora.items() for word in ("--lora", f"{name}={path}")),
             *model.args,
         )
 

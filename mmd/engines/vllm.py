@@ -90,6 +90,7 @@ class Vllm:
             "--disable-uvicorn-access-log",  # a line for each of our health checks, for ever; see gateway.request_log
             *(("--tensor-parallel-size", str(model.gpu_count)) if model.gpu_count > 1 else ()),
             *(("--enable-sleep-mode",) if model.sleep_level and model.gpu_count else ()),
+            *_adapter_arguments(model),
             *_memory_arguments(model),
             *model.args,
         )
@@ -140,6 +141,13 @@ class Vllm:
             return 0
         made_of = estimate_of(model)
         return ((model.vram_bytes or 0) if made_of is None else made_of.weights_bytes) * model.gpu_count
+
+
+def _adapter_arguments(model: Model) -> tuple[str, ...]:
+    """LoRA adapters by the names that clients send; their rank is looked up by vLLM up to --max-lora-rank (16), see `args`."""
+    if not model.lora:
+        return ()
+    return ("--enable-lora", "--lora-modules", *(f"{name}={path}" for name, path in model.lora.items()))
 
 
 def _memory_arguments(model: Model) -> tuple[str, ...]:

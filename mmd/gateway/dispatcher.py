@@ -17,8 +17,10 @@ from mmd.gateway.lesson_book import LessonBook
 from mmd.gateway.lifecycle import Lifecycle
 from mmd.gateway.outcome import Outcome, held_bytes
 from mmd.gateway.relay.engine import EngineConnections
-from mmd.gateway.relay.gate import Gate, Place
+from mmd.gateway.relay.gate import Gate
+from mmd.gateway.relay.kept import KeptAnswers
 from mmd.gateway.stage import model_state
+from mmd.gateway.ticket import Ticket
 from mmd.names import UnitName
 from mmd.policy.actions import Action, Admit, Lend, Recall, Refuse, Sleep, Start, UnitAction, Wake
 from mmd.policy.events import (
@@ -43,7 +45,7 @@ from mmd.policy.scheduler import Scheduler
 from mmd.systemd.client import Systemd
 from mmd.systemd.unit import UnitState
 
-__all__ = ["Dispatcher", "Lender", "Ticket"]
+__all__ = ["Dispatcher", "Lender"]
 
 _PAUSE_POLL_S = 0.1
 
@@ -51,44 +53,6 @@ _log = logging.getLogger(__name__)
 
 # By how much an idle timer may be late: it is seconds at least.
 _ARM_S = 0.05
-
-
-class Ticket(Place):
-    """One request's place with the scheduler."""
-
-    __slots__ = ("_admission", "_dispatcher", "model", "request")
-
-    def __init__(
-        self,
-        dispatcher: "Dispatcher",
-        request: int,
-        model: Model,
-        *,
-        unit: UnitName | None = None,
-        admission: "asyncio.Future[UnitName] | None" = None,
-    ) -> None:
-        super().__init__(unit)
-        self._dispatcher = dispatcher
-        self._admission = admission
-        self.request = request
-        self.model = model
-
-    @property
-    def waiting(self) -> bool:
-        return self._admission is not None and not self._admission.done()
-
-    async def admitted(self, timeout_s: float | None = None) -> UnitName | None:
-        if self._admission is None:
-            return self.unit
-        if not self._admission.done():
-            await asyncio.wait((self._admission,), timeout=timeout_s)
-        return self._admission.result() if self._admission.done() else None
-
-    def unreachable(self) -> None:
-        self._admission = self._dispatcher.readmit(self.request)
-
-    def close(self) -> None:
-        self._dispatcher.give_back(self.request, self._admission)
 
 
 class Lender(Protocol):
@@ -115,6 +79,7 @@ class Dispatcher(Gate):
         self.outcomes: dict[UnitName, Outcome] = {}
         """The last finished action on each unit."""
         self._lender: Lender | None = None
+        self.kept_answers = KeptAnswers()
         self._systemd = systemd
         self._book = book
         self._written: dict[str, Lesson] = {}
@@ -191,6 +156,12 @@ class Dispatcher(Gate):
 
     def connections(self, endpoint: str) -> EngineConnections:
         return self.lifecycle.engines.connections(endpoint)
+
+    def kept(self) -> Mapping[str, str]:
+        return self.kept_answers.models
+
+    def keep(self, answer: str, model: str) -> None:
+        self.kept_answers.add(answer, model)
 
     async def stage(self, model: Model) -> str:
         return model_state(self.scheduler.state, model).value

@@ -14,6 +14,7 @@ from mmd.gateway.relay.client import ClientConnection
 from mmd.gateway.relay.exchange import Exchange
 from mmd.gateway.relay.head import RequestHead
 from mmd.gateway.relay.inference import Inference, InferenceExchange
+from mmd.gateway.relay.routing import ROUTES, find_route
 
 __all__ = ["BACKLOG", "GRACE_S", "Heir", "Server"]
 
@@ -51,7 +52,6 @@ class Server:
         self.leaving = False
         self.heir: Heir | None = None
         self._inference = inference
-        self._inference_paths = inference.paths
         self._sockets = tuple(sockets)
         self._elsewhere = elsewhere
         self._worker = worker
@@ -90,16 +90,16 @@ class Server:
             connection.leave()
 
     def exchange(self, client: ClientConnection, request: RequestHead, length: int | None) -> Exchange | None:
-        """Who answers this request: the relay itself, or `other`; None: another process."""
-        inference = request.path in self._inference_paths
-        if self._elsewhere is not None and inference is not self._worker:
+        """Who answers this request: a model, or `other`; None: another process."""
+        route = ROUTES.get(request.path) or find_route(request.path)
+        if self._elsewhere is not None and self._worker is not (route is not None and route.for_workers):
             return None
-        if inference:
-            return InferenceExchange(client, request, length, self._inference)
-        return self.other(client, request, length)
+        if route is None:
+            return self.other(client, request, length)
+        return InferenceExchange(client, request, length, self._inference, route)
 
     def other(self, client: ClientConnection, request: RequestHead, length: int | None) -> Exchange:
-        """Who answers a request that is not for inference."""
+        """Who answers a request that is not for a model."""
         raise NotImplementedError
 
     def pass_on(self, connection: int, read: bytes, chunked: bool | None) -> None:

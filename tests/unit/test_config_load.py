@@ -139,7 +139,7 @@ MISTAKES = [
     ("defaults: {id: x}", "1: defaults.id: unknown key"),
     ("models: {a: {engine: sglang}}", "1: models.a.engine: not yet supported: sglang (use vllm or sim or command or external)"),
     ("models: {a: {gpus: 0, port: '127.0.0.1:1'}}", "1: models.a.port: not yet supported: port"),
-    ("models: {a: {gpus: 0, filters: {}}}", "1: models.a.filters: not yet supported: filters"),
+    ("models: {a: {gpus: 0, filters: {drop: [x]}}}", "1: models.a.filters.drop: unknown key"),
     ("models: {a: {}}", "1: models.a.vram: needed by a model that uses a GPU"),
     ("models: {a: {engine: command, gpus: 0}}", "1: models.a.command: needed by engine command"),
     ("models: {a: {engine: external}}", "1: models.a.endpoint: needed by engine external"),

@@ -64,6 +64,15 @@ class EngineConnection(asyncio.Protocol):
         if exchange is not None:
             exchange.ended(error)
 
+    def pause_writing(self) -> None:
+        """It does not keep up with what its client sends: only a tunnel sends that much after the request."""
+        if self.exchange is not None:
+            self.exchange.client.hold_body(full=True)
+
+    def resume_writing(self) -> None:
+        if self.exchange is not None:
+            self.exchange.client.hold_body(full=False)
+
     def hold(self) -> None:
         if not self._held and self.alive:
             self._held = True

@@ -4,7 +4,7 @@ from typing import Final
 
 import msgspec
 
-__all__ = ["Routing", "decode_fields", "decode_routing"]
+__all__ = ["Routing", "decode_fields", "decode_routing", "encode", "raw"]
 
 
 class Routing(msgspec.Struct):
@@ -16,3 +16,5 @@ class Routing(msgspec.Struct):
 
 decode_routing: Final = msgspec.json.Decoder(Routing).decode
 decode_fields: Final = msgspec.json.Decoder(dict[str, msgspec.Raw]).decode
+encode: Final = msgspec.json.encode
+raw: Final = msgspec.Raw

@@ -1,5 +1,7 @@
 """What the relay asks of whoever decides about requests: the dispatcher in its own process, or one in another."""
 
+from collections.abc import Mapping
+
 from mmd.config import Config, Model
 from mmd.gateway.relay.engine import EngineConnections
 from mmd.names import UnitName
@@ -55,6 +57,14 @@ class Gate:
         raise NotImplementedError
 
     def connections(self, endpoint: str) -> EngineConnections:
+        raise NotImplementedError
+
+    def kept(self) -> Mapping[str, str]:
+        """Ids of answers that engines keep, and the names of their models; a worker knows none."""
+        raise NotImplementedError
+
+    def keep(self, answer: str, model: str) -> None:
+        """An engine keeps an answer by this id."""
         raise NotImplementedError
 
     async def stage(self, model: Model) -> str:

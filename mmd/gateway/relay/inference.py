@@ -6,6 +6,7 @@ others get a task that waits for admission and connects.
 
 import asyncio
 import logging
+import re
 from typing import TYPE_CHECKING
 
 from mmd.config import EngineKind, Model
@@ -16,7 +17,7 @@ from mmd.gateway.relay.exchange import Exchange, date_line
 from mmd.gateway.relay.framing import chunk, last_chunk
 from mmd.gateway.relay.gate import Gate, Place
 from mmd.gateway.relay.head import RequestHead, ResponseHead, head_lines
-from mmd.gateway.relay.routing import INFERENCE_PATHS, find_model
+from mmd.gateway.relay.routing import Route
 from mmd.names import UnitName
 from mmd.quantity import format_size
 
@@ -33,8 +34,15 @@ _JOIN_MAX_BYTES = 64 << 10
 # Of an error that comes after a stream has begun: it becomes an event.
 _ERROR_MAX_BYTES = 64 << 10
 
+# Methods whose requests have a body as a rule: one that has none says so (RFC 9110, 8.6).
+_WITH_BODY = frozenset((b"POST", b"PUT", b"PATCH"))
+
 _EVENTS = b"text/event-stream"
 _SHORT_BYTES = 64
+
+# As OpenAI and vLLM make them, at the beginning of an answer to /v1/responses, or of its first event.
+_ANSWER_ID = re.compile(rb'"id"\s*:\s*"(resp_[^"\\]{1,120})"')
+_ID_WITHIN_BYTES = 16 << 10
 
 
 class Inference:
@@ -45,7 +53,6 @@ class Inference:
         self.counters: dict[str, Counters] = {}
         """By model name."""
         self.loop = asyncio.get_running_loop()
-        self.paths = frozenset(path.encode() for path in INFERENCE_PATHS)
 
     def counters_of(self, model: str) -> Counters:
         counters = self.counters.get(model)
@@ -55,15 +62,21 @@ class Inference:
 
 
 class InferenceExchange(Exchange):
-    """One inference request."""
+    """One request for a model."""
 
-    def __init__(self, client: "ClientConnection", request: RequestHead, length: int | None, shared: Inference) -> None:
+    def __init__(
+        self, client: "ClientConnection", request: RequestHead, length: int | None, shared: Inference, route: Route
+    ) -> None:
         super().__init__(client, request, length)
         self._shared = shared
+        self._route = route
         self._pieces: list[bytes] | None = None
         self._body_size = 0
         self._model: Model | None = None
         self._stream = False
+        self._target = b""
+        self._body_in = b""
+        """As the client sent it."""
         self._request = b""
         """The body as the engine gets it."""
         self._begun = 0.0
@@ -75,6 +88,8 @@ class InferenceExchange(Exchange):
         """The client gets an event stream, in which an error can be told at any time."""
         self._error: bytearray | None = None
         """The engine's error, while it is collected to become an event."""
+        self._beginning: bytes | None = None
+        """Of an answer that the engine keeps, until its id was found."""
         self._sent = 0
         self._before = b""
         self._tail = b""
@@ -82,7 +97,7 @@ class InferenceExchange(Exchange):
     # The request.
 
     def begin(self) -> None:
-        if self.request.method != b"POST":
+        if self.request.method not in self._route.methods:
             path = self.request.path.decode()
             message = f"{path} does not take {self.request.method.decode()}"
             self.fail(ApiError(405, message, code="method_not_allowed"))
@@ -113,15 +128,17 @@ class InferenceExchange(Exchange):
         """Forward: at once where possible, else in a task."""
         gate = self._shared.gate
         config = gate.config
-        if self.request.method != b"POST" or len(body) > config.gateway.max_body_bytes:
+        if self.request.method not in self._route.methods or len(body) > config.gateway.max_body_bytes:
             self.begin()
             return
         try:
-            model, self._stream, self._request = find_model(body, config)
+            model, self._stream, self._request, self._target = self._route.aim(self.request, body, config, gate.kept())
         except ApiError as error:
             self.fail(error)
             return
-        self._model = model
+        self._model, self._body_in = model, body
+        if self._route.answers_are_kept:
+            self._beginning = b""
         self._begun = self._shared.loop.time()
         if self.client.leave():
             return
@@ -145,9 +162,9 @@ class InferenceExchange(Exchange):
 
     def unsent(self) -> bytes | None:
         waiting = self.upstream is None and (self._place is None or self._place.waiting)
-        if self._model is None or self.over or not waiting:
+        if self._model is None or self.over or not waiting or self.request.websocket:
             return None
-        return self.request.written(len(self._request)) + self._request
+        return self.request.written(len(self._body_in)) + self._body_in
 
     def withdraw(self) -> None:
         self._model = None  # its counters are the other's
@@ -155,12 +172,13 @@ class InferenceExchange(Exchange):
 
     def _send(self, connections: EngineConnections, connection: EngineConnection) -> None:
         request, body = self.request, self._request
-        head = b"POST %b%b HTTP/1.1\r\nHost: %b\r\n%bContent-Length: %d\r\n\r\n" % (
+        head = b"%b %b%b HTTP/1.1\r\nHost: %b\r\n%b%b\r\n" % (
+            request.method,
             connections.prefix,
-            request.target,
+            self._target,
             connections.host,
             request.engine_lines,
-            len(body),
+            b"Content-Length: %d\r\n" % len(body) if body or self.length is not None else self._unframed(),
         )
         self.upstream = connection
         connection.exchange = self
@@ -171,6 +189,17 @@ class InferenceExchange(Exchange):
         else:
             connection.write(head)
             connection.write(body)
+
+    def _unframed(self) -> bytes:
+        """What a request without a body says of that."""
+        if self.request.websocket:
+            return b"Connection: Upgrade\r\nUpgrade: websocket\r\n"
+        return b"Content-Length: 0\r\n" if self.request.method in _WITH_BODY else b""
+
+    def tunnel(self, data: bytes) -> None:
+        connection = self.upstream
+        if isinstance(connection, EngineConnection):
+            connection.write(data)
 
     # Waiting, in a task.
 
@@ -278,12 +307,25 @@ class InferenceExchange(Exchange):
     def _note(self, piece: bytes) -> None:
         """Keep the end of the answer, bounded: it may tell how many tokens there were."""
         size = len(piece)
+        if self._beginning is not None:
+            self._find_id(piece)
         self._sent += size
         if size < _SHORT_BYTES:  # such as `[DONE]`
             self._tail = self._tail[-USAGE_TAIL_BYTES:] + piece
         else:
             self._before = self._tail
             self._tail = piece if size < USAGE_TAIL_BYTES else piece[-USAGE_TAIL_BYTES:]
+
+    def _find_id(self, piece: bytes) -> None:
+        """Remember whose the answer is: clients ask for it by its id."""
+        assert self._beginning is not None
+        assert self._model is not None
+        self._beginning += piece
+        found = _ANSWER_ID.search(self._beginning)
+        if found is not None:
+            self._shared.gate.keep(found[1].decode("ascii", "replace"), self._model.name)
+        if found is not None or len(self._beginning) > _ID_WITHIN_BYTES:
+            self._beginning = None
 
     def unanswered(self, error: Exception | None) -> None:
         connection = self.upstream

@@ -1,7 +1,8 @@
 """Requests that a worker holds no lease for, and asks for one by one."""
 
 from mmd.gateway.api_error import ApiError, no_such_model
-from mmd.gateway.dispatcher import Dispatcher, Ticket
+from mmd.gateway.dispatcher import Dispatcher
+from mmd.gateway.ticket import Ticket
 from mmd.gateway.workers.messages import Admitted, Ask, AskStage, GiveBack, Lost, Refused, Stage
 from mmd.gateway.workers.process import WorkerProcess
 from mmd.names import UnitName

@@ -17,6 +17,7 @@ __all__ = [
     "Drained",
     "Finish",
     "GiveBack",
+    "Kept",
     "Lease",
     "Leave",
     "Lost",
@@ -118,6 +119,13 @@ class Refused(msgspec.Struct, frozen=True, tag=True):
         )
 
 
+class Kept(msgspec.Struct, frozen=True, tag=True):
+    """The engine of `model` keeps an answer by this id."""
+
+    answer: str
+    model: str
+
+
 class AskStage(msgspec.Struct, frozen=True, tag=True):
     """What is `model` doing? Answered by Stage."""
 
@@ -188,4 +196,4 @@ class Finish(msgspec.Struct, frozen=True, tag=True):
 
 
 ToWorker = Begin | Accept | Configured | Lease | Revoke | Admitted | Refused | Stage | Connection | Leave | Finish
-ToDecider = Revoked | Drained | Ask | Lost | GiveBack | AskStage | Connection | Pulse
+ToDecider = Revoked | Drained | Kept | Ask | Lost | GiveBack | AskStage | Connection | Pulse

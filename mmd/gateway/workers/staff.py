@@ -26,6 +26,7 @@ from mmd.gateway.workers.messages import (
     Connection,
     Drained,
     Finish,
+    Kept,
     Leave,
     Pulse,
     Revoked,
@@ -192,6 +193,8 @@ class Staff:
                 self._lessor.revoked(worker, parsed)
             case Drained():
                 self._lessor.survey()
+            case Kept(answer, model):
+                self._dispatcher.keep(answer, model)
             case Connection(chunked):
                 self._take(*connection_of(fds), chunked)
             case _:

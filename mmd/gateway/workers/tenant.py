@@ -1,7 +1,7 @@
 """A worker's gate: requests go through by the leases that it holds, and are asked for one by one where it holds none."""
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from itertools import count
 
@@ -17,6 +17,7 @@ from mmd.gateway.workers.messages import (
     AskStage,
     Drained,
     GiveBack,
+    Kept,
     Lease,
     Lost,
     Refused,
@@ -126,6 +127,12 @@ class Tenant(Gate):
         if connections is None:
             connections = self._connections[endpoint] = EngineConnections(endpoint)
         return connections
+
+    def kept(self) -> Mapping[str, str]:
+        return {}
+
+    def keep(self, answer: str, model: str) -> None:
+        self._send(Kept(answer, model))
 
     async def stage(self, model: Model) -> str:
         number = next(self._numbers)
