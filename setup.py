@@ -17,7 +17,8 @@ from setuptools import Extension, setup
 # All calls between these are calls in C; what calls them from outside, and what they call outside, costs what it always does.
 COMPILED: Final = (
     "mmd/gateway/relay/client.py",  # reads requests
-    "mmd/gateway/relay/head.py",  # looks their heads up
+    "mmd/gateway/relay/known.py",  # looks their heads up
+    "mmd/gateway/relay/head.py",  # or has them parsed
     "mmd/gateway/relay/framing.py",  # knows where bodies end; every event of a stream is looked at
     "mmd/gateway/relay/exchange.py",  # a request and its answer,
     "mmd/gateway/relay/inference.py",  # for an engine

@@ -9,13 +9,13 @@ from hypothesis import strategies as st
 from mmd.gateway.relay.framing import Chunked, Length, chunk, last_chunk
 from mmd.gateway.relay.head import (
     HEAD_MAX_BYTES,
-    KnownHeads,
     MalformedError,
     RequestHead,
     RequestParser,
     ResponseHead,
     ResponseParser,
 )
+from mmd.gateway.relay.known import KnownHeads
 
 _START = b"POST /v1/x HTTP/1.1\r\nHost: a\r\n"
 
@@ -70,6 +70,8 @@ REFUSED_REQUESTS = {
     "connect": b"CONNECT h:1 HTTP/1.1\r\nHost: a\r\n\r\n",
     "space in the target": b"GET /a b HTTP/1.1\r\nHost: a\r\n\r\n",
     "tabs in the request line": b"GET\t/\tHTTP/1.1\r\nHost: a\r\n\r\n",
+    "two spaces before the target": b"GET  / HTTP/1.1\r\nHost: a\r\n\r\n",
+    "two spaces behind the target": b"GET /  HTTP/1.1\r\nHost: a\r\n\r\n",
     "space behind the version": b"GET / HTTP/1.1 \r\nHost: a\r\n\r\n",
     "control character in the target": b"GET /\x01 HTTP/1.1\r\nHost: a\r\n\r\n",
     "fragment in the target": b"GET /a#b HTTP/1.1\r\nHost: a\r\n\r\n",

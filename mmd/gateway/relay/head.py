@@ -2,17 +2,15 @@
 
 llhttp (httptools) refuses by itself: duplicate, signed, empty or overflowing Content-Length, Content-Length together with
 Transfer-Encoding, folded lines, bare CR or LF, white space before a colon, control characters and NUL. It lets through, and
-this module refuses: any Transfer-Encoding but exactly `chunked`, one in HTTP/1.0, versions other than 1.0 and 1.1, a request
-without its one Host, CONNECT, fragments in the target, and absurd lengths. tests/unit/test_relay_head.py holds each of them.
+this module refuses: any Transfer-Encoding but exactly `chunked`, one in HTTP/1.0, versions other than 1.0 and 1.1, several
+spaces where one belongs in a request line, a request without its one Host, CONNECT, fragments in the target, absurd lengths.
+tests/unit/test_relay_head.py holds each of them.
 
 The parser sees heads only. Where a head ends is found twice, by us (CR LF CR LF) and by llhttp, and both must agree.
-
-A head is a pure function of its bytes, and clients and engines send the same ones again and again: `KnownHeads` remembers what
-came out, with the digits of Content-Length cut out of the key. That saves a third of what a request costs.
 """
 
 from collections.abc import Iterable
-from typing import Final, Generic, TypeVar
+from typing import Final
 
 import httptools
 
@@ -20,7 +18,6 @@ from mmd.errors import MmdError
 
 __all__ = [
     "HEAD_MAX_BYTES",
-    "KnownHeads",
     "MalformedError",
     "RequestHead",
     "RequestParser",
@@ -34,13 +31,7 @@ _LENGTH_MAX: Final = 1 << 50
 """A petabyte: nobody means more than that."""
 
 _END: Final = b"\r\n\r\n"
-_LENGTH_FIELD: Final = b"\r\ncontent-length: "
-_LENGTH_MARK: Final = b"ength: "
-_LENGTH_DIGITS: Final = 15
-
-# Heads that are remembered, and their size: 256 KiB in all, with what they were parsed to about a MiB.
-_KNOWN_MAX: Final = 128
-_KNOWN_BYTES: Final = 2048
+_LINE_REST_BYTES: Final = len("  HTTP/1.1")
 _METHODS = frozenset((b"GET", b"HEAD", b"POST", b"PUT", b"PATCH", b"DELETE", b"OPTIONS"))
 
 # Hop-by-hop (RFC 9110, 7.6.1), and what whoever writes the head sets anew.
@@ -236,71 +227,6 @@ def _lines(fields: Iterable[tuple[bytes, bytes, bytes]]) -> bytes:
     return b"".join([b"%b: %b\r\n" % (name, value) for _, name, value in fields])
 
 
-_H = TypeVar("_H", RequestHead, ResponseHead)
-
-
-def _number(data: bytes, start: int) -> tuple[int, int]:
-    """The number that begins at `start`, of `_LENGTH_DIGITS` at most, and where it ends: at `start` if there is none."""
-    number, at = 0, start
-    limit = min(len(data), start + _LENGTH_DIGITS)
-    while at < limit and 0x30 <= (digit := data[at]) <= 0x39:  # ASCII; int() alone takes signs, white space and underscores
-        number = 10 * number + digit - 0x30
-        at += 1
-    return number, at
-
-
-class KnownHeads(Generic[_H]):
-    """Heads that have been parsed before, by their bytes without the digits of Content-Length.
-
-    Other digits do not change what any other byte of a head means, so that what llhttp accepted once it would accept again. The
-    key is cut behind the first `ength: ` in it, so that it tells where the digits were.
-    """
-
-    def __init__(self) -> None:
-        self._heads: dict[bytes, _H] = {}
-        self._last: tuple[bytes, bytes, _H] | None = None
-        """Of the head found last: what comes before the digits, what comes behind them, and what it means."""
-
-    def find(self, data: bytes) -> tuple[_H, int | None, int] | None:
-        """The head that `data` begins with, its Content-Length, and where it ends."""
-        if self._last is not None:
-            before, behind, head = self._last
-            at = len(before)
-            if data[:at] == before:
-                length, stop = _number(data, at)
-                end = stop + len(behind)
-                if stop > at and data[stop:end] == behind:
-                    return head, length, end
-        return self._find(data)
-
-    def _find(self, data: bytes) -> tuple[_H, int | None, int] | None:
-        end = data.find(_END) + 4
-        at = data.find(_LENGTH_MARK, 0, end) + 7
-        if at < 7:
-            whole = self._heads.get(data[:end])
-            return None if whole is None else (whole, whole.length, end)
-        length, stop = _number(data, at)
-        head = self._heads.get(data[:at] + data[stop:end])
-        if head is None or stop == at:
-            return None
-        self._last = data[:at], data[stop:end], head
-        return head, length, end
-
-    def learn(self, head: _H, data: bytes) -> None:
-        """Remember the head that `data`, all of it and nothing more, was parsed to."""
-        if len(data) > _KNOWN_BYTES:
-            return
-        at = data.find(_LENGTH_MARK) + 7
-        if at >= 7:
-            stop = data.find(b"\r", at)
-            if data[at - len(_LENGTH_FIELD) : at].lower() != _LENGTH_FIELD or not data[at:stop].isdigit():
-                return
-            data = data[:at] + data[stop:]
-        if len(self._heads) >= _KNOWN_MAX:
-            self._heads.clear()
-        self._heads[data] = head
-
-
 class _Parser:
     """Feeds one head to llhttp, piece by piece, and nothing that follows it."""
 
@@ -351,10 +277,13 @@ class _Parser:
 class RequestParser(_Parser):
     """One request's head."""
 
-    __slots__ = ("_parser", "head", "on_header")
+    __slots__ = ("_line_bytes", "_line_over", "_parser", "head", "on_header")
 
     def __init__(self) -> None:
         super().__init__()
+        self._line_bytes = 0
+        """Of the request line, as far as it has come."""
+        self._line_over = False
         self.head = RequestHead()
         self.on_header = self.head.take
         self._parser: httptools.HttpRequestParser | None = httptools.HttpRequestParser(self)
@@ -366,9 +295,17 @@ class RequestParser(_Parser):
         """As `feed`; once it returns a number, `head` is complete."""
         parser = self._parser
         assert parser is not None, "a head is parsed once"
+        if not self._line_over:
+            at = data.find(b"\r")
+            self._line_over = at >= 0
+            self._line_bytes += at if self._line_over else len(data)
         end = self.feed(parser, data)
         if end is not None:
-            self.head.settle(parser.get_method(), parser.get_http_version())
+            method = parser.get_method()
+            # llhttp takes any number of spaces between the two.
+            if self._line_bytes != len(method) + len(self.head.target) + _LINE_REST_BYTES:
+                raise MalformedError("the request line has white space that does not belong there")
+            self.head.settle(method, parser.get_http_version())
             self._parser = None  # it knows our methods: a cycle for the garbage collector
         return end
 
