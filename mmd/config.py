@@ -206,6 +206,8 @@ class Model(NamedTuple):
     preload: bool = False
     priority: int = 0
     concurrency: int = 0
+    queue_limit: int | None = None
+    """With `concurrency`: how many more may wait; None: as many as may for all models together."""
     health: Health = Health()
     restart_on_connection_failure: bool = True
     lora: Mapping[str, str] = MappingProxyType({})
