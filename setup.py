@@ -17,9 +17,11 @@ from setuptools import Extension, setup
 # All calls between these are calls in C; what calls them from outside, and what they call outside, costs what it always does.
 COMPILED: Final = (
     "mmd/gateway/relay/client.py",  # reads requests
-    "mmd/gateway/relay/head.py",  # looks their heads up
+    "mmd/gateway/relay/head.py",  # parses their heads,
+    "mmd/gateway/relay/known_heads.py",  # or looks them up
     "mmd/gateway/relay/framing.py",  # knows where bodies end; every event of a stream is looked at
     "mmd/gateway/relay/exchange.py",  # a request and its answer,
+    "mmd/gateway/relay/waiting.py",  # which may have to wait
     "mmd/gateway/relay/inference.py",  # for an engine
     "mmd/gateway/relay/application.py",  # or for the application: no class of the interpreter's can inherit from a compiled one
     "mmd/gateway/relay/routing.py",  # of the model that is asked for

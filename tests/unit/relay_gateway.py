@@ -227,11 +227,20 @@ async def gateway(
     ready: bool = True,
     workers: int | None = None,
     concurrency: int = 0,
+    queue_limit: int | None = None,
 ) -> AsyncIterator[Running]:
     """A gateway with one ready CPU model per endpoint; `workers`: processes that relay instead of this one, if any."""
     workers = default_workers if workers is None else workers
     models = {
-        name: Model(name, name, EngineKind.SIM, gpus=0, aliases=(f"alias-of-{name}",), concurrency=concurrency)
+        name: Model(
+            name,
+            name,
+            EngineKind.SIM,
+            gpus=0,
+            aliases=(f"alias-of-{name}",),
+            concurrency=concurrency,
+            queue_limit=queue_limit,
+        )
         for name in endpoints
     }
     lifecycle = StaticLifecycle(endpoints)
