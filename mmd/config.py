@@ -68,6 +68,7 @@ class Gateway(NamedTuple):
     listen: tuple[str, ...] = ("127.0.0.1:8000",)
     admin_listen: tuple[str, ...] = ("127.0.0.1:8001",)
     admin_auth: AdminAuth = AdminAuth.KEY
+    cors_origins: tuple[str, ...] = ()
     request_log: bool = False
     max_body_bytes: int = 64 << 20
     queue_limit: int = 512

@@ -7,7 +7,8 @@ mmd.model_settings.
 
 from mmd import config, kinds
 from mmd.amounts import RESOURCE
-from mmd.setting import Later, Section, Setting, by_key
+from mmd.origins import ORIGIN
+from mmd.setting import Section, Setting, by_key
 
 __all__ = ["TOP"]
 
@@ -33,7 +34,13 @@ _GATEWAY = Section(
             "key",
             "Who may change things over admin_listen: key (without an admin key it is read-only) or open (everybody).",
         ),
-        Later("cors_origins", "Web origins that browsers may call the API from."),
+        Setting(
+            "cors_origins",
+            kinds.listing(ORIGIN),
+            "[]",
+            "Web origins whose pages may call the API from a browser, such as https://app.example; * means all of them, but "
+            "the admin API changes nothing for an origin that is not named.",
+        ),
         Setting("request_log", kinds.BOOLEAN, "false", "Whether each request is logged, without its content."),
         Setting("max_body", kinds.SIZE, "64MiB", "The largest request body; a larger one gets 413.", "max_body_bytes"),
         Setting(

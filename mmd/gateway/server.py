@@ -11,6 +11,7 @@ import socket
 from collections.abc import Callable, Iterable
 
 from mmd.gateway.relay.client import ClientConnection
+from mmd.gateway.relay.cors import Preflight, cors_lines
 from mmd.gateway.relay.exchange import Exchange
 from mmd.gateway.relay.head import RequestHead
 from mmd.gateway.relay.inference import Inference, InferenceExchange
@@ -91,6 +92,8 @@ class Server:
 
     def exchange(self, client: ClientConnection, request: RequestHead, length: int | None) -> Exchange | None:
         """Who answers this request: a model, or `other`; None: another process."""
+        if request.preflight:
+            return Preflight(client, request, length, self._inference.gate.config.gateway.cors_origins)
         route = ROUTES.get(request.path) or find_route(request.path)
         if self._elsewhere is not None and self._worker is not (route is not None and route.for_workers):
             return None
@@ -101,6 +104,9 @@ class Server:
     def other(self, client: ClientConnection, request: RequestHead, length: int | None) -> Exchange:
         """Who answers a request that is not for a model."""
         raise NotImplementedError
+
+    def cors_lines(self, origin: bytes) -> bytes:
+        return cors_lines(self._inference.gate.config.gateway.cors_origins, origin)
 
     def pass_on(self, connection: int, read: bytes, chunked: bool | None) -> None:
         """Hand over a connection with a request that nobody answers here."""

@@ -115,7 +115,7 @@ MISTAKES = [
     ("gateway: {listen: ['127.0.0.1:8001']}", "1: gateway.admin_listen.0: 127.0.0.1:8001 is given twice"),
     ("gateway: {listen: []}", "1: gateway.listen: needs at least 1 item"),
     ("gateway: {workers: 0}", "1: gateway.workers: 0 is not a whole number from 1 to 64, or auto"),
-    ("gateway: {cors_origins: ['*']}", "1: gateway.cors_origins: not yet supported: cors_origins"),
+    ("gateway: {cors_origins: ['*', 'https://a.example/x']}", "1: gateway.cors_origins.1: 'https://a.example/x' is not a web"),
     ("gateway: {request_log: yes}", "1: gateway.request_log: 'yes' is not true or false"),
     ("gateway: {max_body: 64}", "1: gateway.max_body: 64 is not a size such as 18GiB (write 18GiB, 512MiB or 2GB)"),
     ("gateway: {wait_limit: 10m}", "1: gateway.wait_limit: '10m' is not a duration"),

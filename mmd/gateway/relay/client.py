@@ -257,7 +257,9 @@ class ClientConnection(asyncio.Protocol):
     # What exchanges call.
 
     def head(self, lines: bytes, framing: bytes) -> bytes:
-        """The head of an answer: its lines, and what concerns this connection."""
+        """The head of an answer: its lines, and what concerns this connection and the page that asks."""
+        if self._exchange is not None and self._exchange.request.origin:
+            lines += self._host.cors_lines(self._exchange.request.origin)
         if self.close_after or self._host.leaving or self._body is not None:
             self.close_after = True
             return b"%b%bConnection: close\r\n\r\n" % (lines, framing)

@@ -122,6 +122,10 @@ class RequestHead(_Head):
         """The client waits for `100 Continue` before it sends the body."""
         self.engine_lines = b""
         """The fields that an engine gets."""
+        self.origin = b""
+        """Of the page that a browser acts for."""
+        self.preflight = False
+        """The browser asks for leave to send a request."""
         self.wait = b""
         """X-MMD-Wait: how long the client wants to wait for its model."""
 
@@ -181,7 +185,8 @@ class RequestHead(_Head):
             raise MalformedError("a target has no fragment")
         self.path = self.target.partition(b"?")[0]
         self.continues = self.continues and version == "1.1"
-        self.wait = self.field(_WAIT)
+        self.wait, self.origin = self.field(_WAIT), self.field(b"origin")
+        self.preflight = method == b"OPTIONS" and bool(self.origin and self.field(b"access-control-request-method"))
         self.engine_lines = _lines(field for field in self.fields if field[0] not in _NOT_TO_ENGINE)
 
     def _origin_form(self) -> None:
@@ -222,8 +227,9 @@ class ResponseHead(_Head):
 
 
 def head_lines(status: int, reason: bytes, fields: Iterable[tuple[bytes, bytes, bytes]]) -> bytes:
-    """The start of an answer's head. Which server there is behind us is nobody's business."""
-    return b"HTTP/1.1 %d %b\r\n%b" % (status, reason, _lines(field for field in fields if field[0] != b"server"))
+    """The start of an answer's head. Which server there is behind us is nobody's business, and which pages may call is ours."""
+    passed = (field for field in fields if field[0] != b"server" and not field[0].startswith(b"access-control-"))
+    return b"HTTP/1.1 %d %b\r\n%b" % (status, reason, _lines(passed))
 
 
 def _lines(fields: Iterable[tuple[bytes, bytes, bytes]]) -> bytes:

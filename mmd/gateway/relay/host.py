@@ -26,6 +26,9 @@ class Host(Protocol):
     def exchange(self, client: "ClientConnection", request: RequestHead, length: int | None) -> Exchange | None:
         """Who answers this request; None: another process, by `pass_on`."""
 
+    def cors_lines(self, origin: bytes) -> bytes:
+        """What an answer to a page of `origin` says of that."""
+
     def pass_on(self, connection: int, read: bytes, chunked: bool | None) -> None:
         """Take a connection, by its descriptor, whose next request is another process's; `read` begins with that request,
         on whose answer see `heir`."""
