@@ -7,7 +7,7 @@ import asyncio
 import contextlib
 import json
 import socket
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Coroutine, Mapping
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any, cast
@@ -224,12 +224,13 @@ async def gateway(
     *,
     routes: tuple[web.RouteDef, ...] = (),
     settings: Gateway | None = None,
-    ready: bool = True,
+    ready: bool | Collection[str] = True,
     workers: int | None = None,
     concurrency: int = 0,
     queue_limit: int | None = None,
 ) -> AsyncIterator[Running]:
-    """A gateway with one ready CPU model per endpoint; `workers`: processes that relay instead of this one, if any."""
+    """A gateway with one CPU model per endpoint; `ready`: whether they are, or which of them; `workers`: processes that relay
+    instead of this one, if any."""
     workers = default_workers if workers is None else workers
     models = {
         name: Model(
@@ -248,9 +249,8 @@ async def gateway(
     dispatcher = Dispatcher(lifecycle, cast("Systemd", None), book)
     config = Config(gateway=settings or Gateway(), models=models)
     dispatcher.reconfigure(config, {}, 1 << 40)
-    if ready:
-        for name in models:
-            dispatcher.post(Observed(UnitName(name, CPU), Phase.READY))
+    for name in (models if ready else ()) if isinstance(ready, bool) else ready:
+        dispatcher.post(Observed(UnitName(name, CPU), Phase.READY))
     inference = Inference(dispatcher)
     with socket.create_server(("127.0.0.1", 0)) as listening:
         all_routes = [*OpenAiApi(dispatcher).routes(), *routes]
