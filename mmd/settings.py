@@ -12,6 +12,30 @@ from mmd.setting import Section, Setting, by_key
 
 __all__ = ["TOP"]
 
+_TIMEOUTS = Section(
+    "timeouts",
+    "How long clients may be silent. One that waits for an answer may wait.",
+    by_key(
+        Setting("idle", kinds.PERIOD, "75s", "A connection without a request is closed after this long.", "idle_s"),
+        Setting(
+            "request",
+            kinds.PERIOD,
+            "60s",
+            "A request's head must be complete this long after its first byte, and of its body something must come this "
+            "often; else it gets 408.",
+            "request_s",
+        ),
+        Setting(
+            "stalled",
+            kinds.PERIOD,
+            "5min",
+            "A client that reads nothing of its answer for this long is cut off, and its request at the engine with it.",
+            "stalled_s",
+        ),
+    ),
+    config.Timeouts,
+)
+
 _GATEWAY = Section(
     "gateway",
     "The endpoint that clients talk to.",
@@ -43,6 +67,30 @@ _GATEWAY = Section(
         ),
         Setting("request_log", kinds.BOOLEAN, "false", "Whether each request is logged, without its content."),
         Setting("max_body", kinds.SIZE, "64MiB", "The largest request body; a larger one gets 413.", "max_body_bytes"),
+        Setting(
+            "max_buffered",
+            kinds.SIZE,
+            "1GiB",
+            "How much the bodies of requests may take all together that are still coming, or wait for their model or the "
+            "beginning of their answer; a request for which there is no room gets 503. At least max_body; with workers each "
+            "has an equal share, and room for one body of max_body in any case.",
+            "max_buffered_bytes",
+        ),
+        Setting(
+            "max_head",
+            kinds.SIZE,
+            "32KiB",
+            "The largest head of a request, 4KiB to 1MiB; a larger one gets 431.",
+            "max_head_bytes",
+        ),
+        Setting(
+            "connections_per_client",
+            kinds.NUMBER_OR_OFF,
+            "off",
+            "How many connections one client may have over TCP, that is an IPv4 address or an IPv6 network of 64 bits; one "
+            "more gets 429. With workers each process counts its own. Behind a proxy all are one client.",
+        ),
+        _TIMEOUTS,
         Setting(
             "queue_limit",
             kinds.integer(0, 1_000_000),

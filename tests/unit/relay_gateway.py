@@ -185,9 +185,9 @@ def body_of(model: str, *, stream: bool = False) -> bytes:
     return b'{"model": "%b", "stream": %b, "messages": []}' % (model.encode(), b"true" if stream else b"false")
 
 
-def chat_bytes(model: str = "m", *, stream: bool = False, more: bytes = b"", version: bytes = b"1.1") -> bytes:
-    """A valid chat request; `more`: further header lines."""
-    body = body_of(model, stream=stream)
+def chat_bytes(model: str = "m", *, stream: bool = False, more: bytes = b"", version: bytes = b"1.1", size: int = 0) -> bytes:
+    """A valid chat request; `more`: further header lines; `size`: at least so many bytes of body."""
+    body = body_of(model, stream=stream).ljust(size)
     head = b"POST /v1/chat/completions HTTP/%b\r\nHost: x\r\n%bContent-Length: %d\r\n\r\n" % (version, more, len(body))
     return head + body
 

@@ -25,6 +25,7 @@ __all__ = [
     "head_lines",
 ]
 
+# Of answers, and of requests unless gateway.max_head says something else.
 HEAD_MAX_BYTES: Final = 32 << 10
 _LENGTH_MAX: Final = 1 << 50
 """A petabyte: nobody means more than that."""
@@ -239,10 +240,11 @@ def _lines(fields: Iterable[tuple[bytes, bytes, bytes]]) -> bytes:
 class _Parser:
     """Feeds one head to llhttp, piece by piece, and nothing that follows it."""
 
-    __slots__ = ("_done", "_last", "_size")
+    __slots__ = ("_done", "_last", "_limit", "_size")
 
-    def __init__(self) -> None:
+    def __init__(self, limit: int) -> None:
         self._done = False
+        self._limit = limit
         self._last = b""
         self._size = 0
 
@@ -260,8 +262,8 @@ class _Parser:
                 found = data.find(_END)
                 end = found + 4 if found >= 0 else -1
         self._size += len(data) if end < 0 else end
-        if self._size > HEAD_MAX_BYTES:
-            raise MalformedError(f"the head is larger than {HEAD_MAX_BYTES >> 10} KiB", status=431)
+        if self._size > self._limit:
+            raise MalformedError(f"the head is larger than {self._limit >> 10} KiB", status=431)
         try:
             parser.feed_data(data if end < 0 or end == len(data) else data[:end])
         except httptools.HttpParserUpgrade:
@@ -284,12 +286,12 @@ class _Parser:
 
 
 class RequestParser(_Parser):
-    """One request's head."""
+    """One request's head, of `limit` bytes at most."""
 
     __slots__ = ("_parser", "head", "on_header")
 
-    def __init__(self) -> None:
-        super().__init__()
+    def __init__(self, limit: int = HEAD_MAX_BYTES) -> None:
+        super().__init__(limit)
         self.head = RequestHead()
         self.on_header = self.head.take
         self._parser: httptools.HttpRequestParser | None = httptools.HttpRequestParser(self)
@@ -314,7 +316,7 @@ class ResponseParser(_Parser):
     __slots__ = ("_parser", "head", "on_header")
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__(HEAD_MAX_BYTES)
         self.head = ResponseHead()
         self.on_header = self.head.take
         self._parser: httptools.HttpResponseParser | None = httptools.HttpResponseParser(self)

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Protocol
 
+from mmd.config import Gateway
 from mmd.gateway.relay.exchange import Exchange
 from mmd.gateway.relay.head import RequestHead
 
@@ -16,7 +17,16 @@ class Host(Protocol):
     """Whose connection it is."""
 
     leaving: bool
-    connections: set["ClientConnection"]
+
+    @property
+    def gateway(self) -> Gateway:
+        """The settings in force."""
+
+    def came(self, client: "ClientConnection", fresh: bool) -> bool:
+        """There is a connection. False: its client has as many as it may; a `fresh` one is to be refused then."""
+
+    def went(self, client: "ClientConnection") -> None:
+        """It is no more."""
 
     @property
     def heir(self) -> Callable[[int, bytes, bool | None], None] | None:

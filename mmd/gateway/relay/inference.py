@@ -18,6 +18,7 @@ from mmd.gateway.relay.gate import Gate
 from mmd.gateway.relay.head import RequestHead, ResponseHead
 from mmd.gateway.relay.routing import Route
 from mmd.gateway.relay.waiting import EVENTS, WaitingExchange, wait_of
+from mmd.gateway.workers import worker_count
 from mmd.quantity import format_size
 
 if TYPE_CHECKING:
@@ -43,6 +44,15 @@ _ANSWER_ID = re.compile(rb'"id"\s*:\s*"(resp_[^"\\]{1,120})"')
 _ID_WITHIN_BYTES = 16 << 10
 
 
+# So much is never too much. Most processes hold no more, and need not look.
+_ALWAYS_BYTES = 1 << 20
+
+
+def _no_room() -> ApiError:
+    message = "the requests under way take all the memory that they may (gateway.max_buffered)"
+    return ApiError(503, message, code="too_much_buffered", retry_after_s=1)
+
+
 class Inference:
     """What all inference requests share."""
 
@@ -50,7 +60,17 @@ class Inference:
         self.gate = gate
         self.counters: dict[str, Counters] = {}
         """By model name."""
+        self.held_bytes = 0
+        """The bodies that are here, see gateway.max_buffered."""
         self.loop = asyncio.get_running_loop()
+
+    def has_room(self, more: int = 0) -> bool:
+        """Whether `more` bytes of bodies may be held besides. With workers, each process has its share."""
+        held = self.held_bytes + more
+        if held <= _ALWAYS_BYTES:
+            return True
+        gateway = self.gate.config.gateway
+        return held <= max(gateway.max_body_bytes, gateway.max_buffered_bytes // worker_count(gateway.workers))
 
     def counters_of(self, model: str) -> Counters:
         counters = self.counters.get(model)
@@ -69,6 +89,8 @@ class InferenceExchange(WaitingExchange):
         self._route = route
         self._pieces: list[bytes] | None = None
         self._body_size = 0
+        self._held = 0
+        """How much of `Inference.held_bytes` is its own."""
         self._target = b""
         self._body_in = b""
         """As the client sent it."""
@@ -92,6 +114,13 @@ class InferenceExchange(WaitingExchange):
             self.fail(ApiError(405, message, code="method_not_allowed"))
         elif self.length and self.length > self._limit():
             self.fail(self._too_large())
+        elif self.length and not self._shared.has_room(self.length):
+            self.fail(_no_room())
+
+    def _hold(self, size: int) -> None:
+        """Reckon with `size` bytes of its body."""
+        self._shared.held_bytes += size - self._held
+        self._held = size
 
     def _limit(self) -> int:
         return self._shared.gate.config.gateway.max_body_bytes
@@ -106,8 +135,11 @@ class InferenceExchange(WaitingExchange):
             self._pieces = [piece]
         else:
             self._pieces.append(piece)
+        self._hold(size)
         if size > self._limit():
             self.fail(self._too_large())
+        elif not self._shared.has_room():
+            self.fail(_no_room())
 
     def end(self) -> None:
         body, self._pieces = b"".join(self._pieces or ()), None
@@ -120,6 +152,10 @@ class InferenceExchange(WaitingExchange):
         if self.request.method not in self._route.methods or len(body) > config.gateway.max_body_bytes:
             self.begin()
             return
+        self._hold(len(body))
+        if not self._shared.has_room():
+            self.fail(_no_room())
+            return
         try:
             model, self._stream, self._request, self._target = self._route.aim(self.request, body, config, gate.kept())
             if self.request.wait:
@@ -127,7 +163,7 @@ class InferenceExchange(WaitingExchange):
         except ApiError as error:
             self.fail(error)
             return
-        self._model, self._body_in = model, body
+        self._model, self._body_in, self._body_size = model, body, len(self._request)
         if self._route.answers_are_kept:
             self._beginning = b""
         self._begun = self._shared.loop.time()
@@ -195,6 +231,8 @@ class InferenceExchange(WaitingExchange):
     # The answer.
 
     def head_for(self, head: ResponseHead, length: int | None) -> bytes:
+        self._hold(0)
+        self._request = self._body_in = b""  # nobody will need it again, and the answer may take an hour
         if not self.started:
             # Where a length is promised, nothing can be added.
             self._events = length is None and head.field(b"content-type")[: len(EVENTS)].lower() == EVENTS
@@ -265,10 +303,11 @@ class InferenceExchange(WaitingExchange):
             task.cancel()
         if self._place is not None:
             self._place.close()
+        self._hold(0)
         if model is None:
             return
         shared = self._shared
-        shared.counters_of(model.name).count(self.status, len(self._request), self._sent, self._before + self._tail)
+        shared.counters_of(model.name).count(self.status, self._body_size, self._sent, self._before + self._tail)
         if shared.gate.config.gateway.request_log:
             elapsed_s = shared.loop.time() - self._begun
             method, path = self.request.method.decode(), self.request.path.decode()
