@@ -8,7 +8,6 @@ from mmd.check import Complaint, nearest
 from mmd.config import Device, EngineKind, Gateway, Gauge, Gpus, Listen, Model, Provider, Resources
 from mmd.model_settings import MODEL
 from mmd.names import Placement, UnitName, slice_index
-from mmd.quantity import format_size
 from mmd.scope import Scope
 from mmd.setting import Later, Section
 
@@ -151,10 +150,6 @@ def check_gateway(gateway: Gateway, complaints: list[Complaint]) -> Gateway:
     if not _HEAD_MIN_BYTES <= gateway.max_head_bytes <= _HEAD_MAX_BYTES:
         complaints.append((("max_head",), "must be from 4KiB to 1MiB", "32KiB is the default"))
         gateway = gateway._replace(max_head_bytes=Gateway().max_head_bytes)
-    if gateway.max_buffered_bytes < gateway.max_body_bytes:
-        size = format_size(gateway.max_body_bytes)
-        complaints.append((("max_buffered",), f"is less than max_body, {size}", "no such body could ever come"))
-        gateway = gateway._replace(max_buffered_bytes=max(Gateway().max_buffered_bytes, gateway.max_body_bytes))
     return gateway._replace(listen=tuple(kept["listen"]) or Gateway().listen, admin_listen=tuple(kept["admin_listen"]))
 
 

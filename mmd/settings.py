@@ -72,8 +72,8 @@ _GATEWAY = Section(
             kinds.SIZE,
             "1GiB",
             "How much the bodies of requests may take all together that are still coming, or wait for their model or the "
-            "beginning of their answer; a request for which there is no room gets 503. At least max_body; with workers each "
-            "has an equal share, and room for one body of max_body in any case.",
+            "beginning of their answer; a request for which there is no room gets 503. With workers each has an equal share. "
+            "There is room for one body of max_body in any case.",
             "max_buffered_bytes",
         ),
         Setting(
