@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable
 from mmd.config import Gateway
 from mmd.gateway.relay.client import ClientConnection
 from mmd.gateway.relay.clients import Clients
-from mmd.gateway.relay.cors import Preflight, cors_lines
+from mmd.gateway.relay.cors import CorsExchange, cors_lines
 from mmd.gateway.relay.exchange import Exchange
 from mmd.gateway.relay.head import RequestHead
 from mmd.gateway.relay.inference import Inference, InferenceExchange
@@ -110,8 +110,8 @@ class Server:
 
     def exchange(self, client: ClientConnection, request: RequestHead, length: int | None) -> Exchange | None:
         """Who answers this request: a model, or `other`; None: another process."""
-        if request.preflight:
-            return Preflight(client, request, length, self.gateway.cors_origins)
+        if request.needs_leave and (answer := CorsExchange.of(client, request, length, self.gateway.cors_origins)) is not None:
+            return answer
         route = ROUTES.get(request.path) or find_route(request.path)
         if self._elsewhere is not None and self._worker is not (route is not None and route.for_workers):
             return None

@@ -51,14 +51,28 @@ async function late() {
 async function list() {
   return (await (await fetch(api + "/v1/models")).json()).data.map(model => model.id);
 }
+const socket = () => new Promise((resolve, reject) => {
+  const opened = new WebSocket(api.replace("http", "ws") + "/echo");
+  opened.onopen = () => opened.send("hello");
+  opened.onmessage = message => resolve(message.data);
+  opened.onerror = () => reject(new TypeError("no WebSocket"));
+});
 async function main() {
   const report = {origin: location.origin};
-  for (const work of [stream, error, late, list])
+  for (const work of [stream, error, late, list, socket])
     report[work.name] = await work().catch(failure => ({refused: failure.name}));
   await fetch("/report", {method: "POST", body: JSON.stringify(report)});
 }
 main();
 </script>"""
+
+
+async def echo(request: web.Request) -> web.WebSocketResponse:
+    answers = web.WebSocketResponse()
+    await answers.prepare(request)
+    async for message in answers:
+        await answers.send_str(str(message.data))
+    return answers
 
 
 class Pages:
@@ -128,7 +142,8 @@ def test_a_page_of_a_named_origin_may_call_and_another_may_not(tmp_path: Path, w
         async with sim_engine.serving(tmp_path), served(pages) as port:
             settings = Gateway(cors_origins=(f"http://127.0.0.1:{port}",))
             endpoints = {"m": f"unix:{tmp_path}/engine.sock", "sleepy": f"unix:{tmp_path}/none.sock"}
-            async with gateway(endpoints, settings=settings, ready=("m",), workers=workers) as running:
+            routes = (web.get("/echo", echo),)
+            async with gateway(endpoints, settings=settings, ready=("m",), workers=workers, routes=routes) as running:
                 pages.api_port = running.port
                 told = await visit(pages, profiles[0], f"http://127.0.0.1:{port}/")
                 assert told["stream"]["status"] == 200
@@ -137,12 +152,13 @@ def test_a_page_of_a_named_origin_may_call_and_another_may_not(tmp_path: Path, w
                 assert told["error"] == {"status": 404, "code": "model_not_found"}
                 assert told["late"] == {"status": 504, "retry": "60"}
                 assert told["list"] == ["m", "sleepy"]
+                assert told["socket"] == "hello"
                 assert told["origin"] == f"http://127.0.0.1:{port}"
                 told = await visit(pages, profiles[1], f"http://localhost:{port}/")
                 refused = {"refused": "TypeError"}
                 assert told == {
                     "origin": f"http://localhost:{port}",
-                    **dict.fromkeys(("stream", "error", "late", "list"), refused),
+                    **dict.fromkeys(("stream", "error", "late", "list", "socket"), refused),
                 }
                 assert running.in_flight == 0
 

@@ -7,10 +7,11 @@ import asyncio
 import json
 from pathlib import Path
 
+import aiohttp
 import pytest
 import relay_gateway
 from aiohttp import web
-from relay_gateway import OK, Script, chat_bytes, gateway, in_step, ok_answer, relay, run
+from relay_gateway import OK, Script, chat_bytes, gateway, in_step, ok_answer, relay, run, until
 
 from mmd.config import Gateway
 from mmd.gateway.relay.cors import cors_lines
@@ -189,6 +190,33 @@ def test_options_that_are_no_preflight_go_where_any_request_goes(tmp_path: Path)
             assert (await connection.ask(line + _FROM_PAGE + b"\r\n"))[0] == 405
             assert (await connection.ask(line + b"Access-Control-Request-Method: POST\r\n\r\n"))[0] == 405
             await in_step(running, connection)
+
+    run(check())
+
+
+async def echo(request: web.Request) -> web.WebSocketResponse:
+    answers = web.WebSocketResponse()
+    await answers.prepare(request)
+    async for message in answers:
+        await answers.send_str(str(message.data))
+    return answers
+
+
+def test_web_sockets_are_for_pages_that_may_read_and_for_our_own(tmp_path: Path) -> None:
+    async def check() -> None:
+        async with relay(tmp_path, Script(), settings=_NAMED, routes=(web.get("/echo", echo),)) as running:
+            url = f"http://127.0.0.1:{running.port}"
+            async with aiohttp.ClientSession() as session:
+                for origin in (None, _PAGE, url):
+                    async with session.ws_connect(f"{url}/echo", origin=origin) as opened:
+                        await opened.send_str("hello")
+                        assert await opened.receive_str() == "hello"
+                for origin in ("https://evil.example", "null", f"http://127.0.0.1:{running.port + 1}", "http://"):
+                    with pytest.raises(aiohttp.WSServerHandshakeError) as refused:
+                        await session.ws_connect(f"{url}/echo", origin=origin)
+                    assert refused.value.status == 403
+            await until(lambda: not running.handlers)
+            await in_step(running)
 
     run(check())
 

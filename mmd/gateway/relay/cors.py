@@ -16,7 +16,7 @@ from mmd.origins import ANY_ORIGIN, is_open_to
 if TYPE_CHECKING:
     from mmd.gateway.relay.client import ClientConnection
 
-__all__ = ["Preflight", "cors_lines"]
+__all__ = ["CorsExchange", "cors_lines"]
 
 _ADMIN: Final = b"/api/"
 _READING: Final = frozenset((b"GET", b"HEAD"))
@@ -36,26 +36,42 @@ def cors_lines(origins: Sequence[str], origin: bytes) -> bytes:
     return b"Access-Control-Allow-Origin: %b\r\nAccess-Control-Expose-Headers: *\r\nVary: Origin\r\n" % origin
 
 
-class Preflight(Exchange):
-    """A browser asks whether a page may send a request. Whether there is its path, and its method, the request finds out."""
+class CorsExchange(Exchange):
+    """An answer to a browser rather than to its page. Whether there is a path, and its method, the page's request finds out."""
 
     def __init__(self, client: "ClientConnection", request: RequestHead, length: int | None, origins: Sequence[str]) -> None:
         super().__init__(client, request, length)
         self._origins = origins
 
+    @staticmethod
+    def of(
+        client: "ClientConnection", request: RequestHead, length: int | None, origins: Sequence[str]
+    ) -> "CorsExchange | None":
+        """The answer to a request that needs leave; None: it is a WebSocket of a page that may have it."""
+        exchange = CorsExchange(client, request, length, origins)
+        return None if request.websocket and exchange._may(b"GET") else exchange
+
+    def _may(self, method: bytes) -> bool:
+        """Whether the page may send the request. WebSockets are read and written, and pages of ours may have them."""
+        request = self.request
+        origin = request.origin.decode("ascii", "replace")
+        if request.websocket and request.host is not None and request.origin.partition(b"://")[2] == request.host:
+            return True
+        changes = request.path.startswith(_ADMIN) and method not in _READING
+        return is_open_to(self._origins, origin, by_name=changes)
+
     def begin(self) -> None:
         request = self.request
-        origin, method = request.origin.decode("ascii", "replace"), request.field(b"access-control-request-method")
-        changes = request.path.startswith(_ADMIN) and method not in _READING
-        if not is_open_to(self._origins, origin, by_name=changes):
-            wanted = (method + b" " + request.path).decode("ascii", "replace")
-            message = f"pages of {origin} may not send {wanted}: gateway.cors_origins does not name that origin"
+        method = request.field(b"access-control-request-method") or request.method
+        if not self._may(method):
+            words = b"pages of %b may not send %b %b" % (request.origin, method, request.path)
+            message = f"{words.decode('ascii', 'replace')}: gateway.cors_origins does not name that origin"
             self.fail(ApiError(403, message, code="origin_not_allowed"))
             return
         lines = b"HTTP/1.1 204 No Content\r\n%bAccess-Control-Allow-Methods: %b\r\n" % (date_line(), method)
-        asked = request.field(b"access-control-request-headers")
-        if asked:
-            lines += b"Access-Control-Allow-Headers: %b\r\n" % asked
+        fields = request.field(b"access-control-request-headers")
+        if fields:
+            lines += b"Access-Control-Allow-Headers: %b\r\n" % fields
         if request.field(b"access-control-request-private-network") == b"true":
             lines += b"Access-Control-Allow-Private-Network: true\r\n"
         lines += b"Access-Control-Max-Age: %d\r\n" % _MAX_AGE_S

@@ -125,8 +125,8 @@ class RequestHead(_Head):
         """The fields that an engine gets."""
         self.origin = b""
         """Of the page that a browser acts for."""
-        self.preflight = False
-        """The browser asks for leave to send a request."""
+        self.needs_leave = False
+        """The browser asks whether the page may send a request, or opens a WebSocket for it, which it lets read everything."""
         self.wait = b""
         """X-MMD-Wait: how long the client wants to wait for its model."""
 
@@ -187,7 +187,8 @@ class RequestHead(_Head):
         self.path = self.target.partition(b"?")[0]
         self.continues = self.continues and version == "1.1"
         self.wait, self.origin = self.field(_WAIT), self.field(b"origin")
-        self.preflight = method == b"OPTIONS" and bool(self.origin and self.field(b"access-control-request-method"))
+        asks = method == b"OPTIONS" and self.field(b"access-control-request-method") != b""
+        self.needs_leave = self.origin != b"" and (asks or self.websocket)
         self.engine_lines = _lines(field for field in self.fields if field[0] not in _NOT_TO_ENGINE)
 
     def _origin_form(self) -> None:
