@@ -21,7 +21,9 @@ COMPILED: Final = (
     "mmd/gateway/relay/head.py",  # or has them parsed
     "mmd/gateway/relay/framing.py",  # knows where bodies end; every event of a stream is looked at
     "mmd/gateway/relay/exchange.py",  # a request and its answer,
+    "mmd/gateway/relay/waiting.py",  # which may have to wait
     "mmd/gateway/relay/inference.py",  # for an engine
+    "mmd/gateway/relay/cors.py",  # for a browser that asks first,
     "mmd/gateway/relay/application.py",  # or for the application: no class of the interpreter's can inherit from a compiled one
     "mmd/gateway/relay/routing.py",  # of the model that is asked for
     "mmd/gateway/relay/engine.py",  # takes an engine's connection, and gives it back

@@ -28,6 +28,7 @@ __all__ = [
     "Replicas",
     "Resources",
     "Sim",
+    "Timeouts",
 ]
 
 
@@ -62,14 +63,29 @@ class Listen(StrEnum):
     UNIX = "unix"
 
 
+class Timeouts(NamedTuple):
+    """How long clients may be silent."""
+
+    idle_s: float = 75.0
+    request_s: float = 60.0
+    stalled_s: float = 300.0
+
+
 class Gateway(NamedTuple):
     """The endpoint that clients talk to."""
 
     listen: tuple[str, ...] = ("127.0.0.1:8000",)
     admin_listen: tuple[str, ...] = ("127.0.0.1:8001",)
     admin_auth: AdminAuth = AdminAuth.KEY
+    cors_origins: tuple[str, ...] = ()
     request_log: bool = False
     max_body_bytes: int = 64 << 20
+    max_buffered_bytes: int = 1 << 30
+    """All bodies together that wait to be passed on."""
+    max_head_bytes: int = 32 << 10
+    connections_per_client: int | None = None
+    """By IP address, of each process that relays."""
+    timeouts: Timeouts = Timeouts()
     queue_limit: int = 512
     wait_limit_s: float = 600.0
     loading_keepalive_s: float | None = 15.0
@@ -206,6 +222,8 @@ class Model(NamedTuple):
     preload: bool = False
     priority: int = 0
     concurrency: int = 0
+    queue_limit: int | None = None
+    """With `concurrency`: how many more may wait; None: as many as may for all models together."""
     health: Health = Health()
     restart_on_connection_failure: bool = True
     lora: Mapping[str, str] = MappingProxyType({})

@@ -194,6 +194,13 @@ MODEL = Section(
             "0",
             "How many requests it gets at a time, the others wait; 0 means no limit.",
         ),
+        Setting(
+            "queue_limit",
+            kinds.NUMBER_OR_OFF,
+            "off",
+            "With concurrency: how many requests more may wait for it; one more gets 429 with Retry-After. While it loads, as "
+            "many as concurrency says may wait besides. off means that only gateway.queue_limit counts.",
+        ),
         _HEALTH,
         Setting(
             "restart_on_connection_failure",

@@ -26,6 +26,10 @@ ENGINE_SOCKET = "engine.sock"
 
 _SOCKET_PATH_MAX_BYTES = 107  # sun_path is 108 bytes with its NUL, unix(7)
 
+# Less does not hold what browsers send by themselves, and nobody means more.
+_HEAD_MIN_BYTES = 4 << 10
+_HEAD_MAX_BYTES = 1 << 20
+
 # A program ten times a second is as much as a gauge may cost; what is an hour old says nothing of what is free.
 _INTERVAL_MIN_S = 0.1
 _INTERVAL_MAX_S = 3600.0
@@ -143,6 +147,9 @@ def check_gateway(gateway: Gateway, complaints: list[Complaint]) -> Gateway:
             else:
                 kept[key].append(address)
             seen.add(address)
+    if not _HEAD_MIN_BYTES <= gateway.max_head_bytes <= _HEAD_MAX_BYTES:
+        complaints.append((("max_head",), "must be from 4KiB to 1MiB", "32KiB is the default"))
+        gateway = gateway._replace(max_head_bytes=Gateway().max_head_bytes)
     return gateway._replace(listen=tuple(kept["listen"]) or Gateway().listen, admin_listen=tuple(kept["admin_listen"]))
 
 

@@ -7,9 +7,34 @@ mmd.model_settings.
 
 from mmd import config, kinds
 from mmd.amounts import RESOURCE
-from mmd.setting import Later, Section, Setting, by_key
+from mmd.origins import ORIGIN
+from mmd.setting import Section, Setting, by_key
 
 __all__ = ["TOP"]
+
+_TIMEOUTS = Section(
+    "timeouts",
+    "How long clients may be silent. One that waits for an answer may wait.",
+    by_key(
+        Setting("idle", kinds.PERIOD, "75s", "A connection without a request is closed after this long.", "idle_s"),
+        Setting(
+            "request",
+            kinds.PERIOD,
+            "60s",
+            "A request's head must be complete this long after its first byte, and of its body something must come this "
+            "often; else it gets 408.",
+            "request_s",
+        ),
+        Setting(
+            "stalled",
+            kinds.PERIOD,
+            "5min",
+            "A client that reads nothing of its answer for this long is cut off, and its request at the engine with it.",
+            "stalled_s",
+        ),
+    ),
+    config.Timeouts,
+)
 
 _GATEWAY = Section(
     "gateway",
@@ -33,9 +58,39 @@ _GATEWAY = Section(
             "key",
             "Who may change things over admin_listen: key (without an admin key it is read-only) or open (everybody).",
         ),
-        Later("cors_origins", "Web origins that browsers may call the API from."),
+        Setting(
+            "cors_origins",
+            kinds.listing(ORIGIN),
+            "[]",
+            "Web origins whose pages may call the API from a browser, such as https://app.example; * means all of them, but "
+            "the admin API changes nothing for an origin that is not named.",
+        ),
         Setting("request_log", kinds.BOOLEAN, "false", "Whether each request is logged, without its content."),
         Setting("max_body", kinds.SIZE, "64MiB", "The largest request body; a larger one gets 413.", "max_body_bytes"),
+        Setting(
+            "max_buffered",
+            kinds.SIZE,
+            "1GiB",
+            "How much the bodies of requests may take all together that are still coming, or wait for their model or the "
+            "beginning of their answer; a request for which there is no room gets 503. With workers each has an equal share. "
+            "There is room for one body of max_body in any case.",
+            "max_buffered_bytes",
+        ),
+        Setting(
+            "max_head",
+            kinds.SIZE,
+            "32KiB",
+            "The largest head of a request, 4KiB to 1MiB; a larger one gets 431.",
+            "max_head_bytes",
+        ),
+        Setting(
+            "connections_per_client",
+            kinds.NUMBER_OR_OFF,
+            "off",
+            "How many connections one client may have over TCP, that is an IPv4 address or an IPv6 network of 64 bits; one "
+            "more gets 429. With workers each process counts its own. Behind a proxy all are one client.",
+        ),
+        _TIMEOUTS,
         Setting(
             "queue_limit",
             kinds.integer(0, 1_000_000),

@@ -40,6 +40,7 @@ _GATEWAY_ONLY = frozenset(
         "preload",
         "priority",
         "concurrency",
+        "queue_limit",
         "description",
         "url",
         "restart_on_connection_failure",

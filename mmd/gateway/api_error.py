@@ -20,6 +20,7 @@ _STATUS: Mapping[Refusal, int] = {
     Refusal.REMOVED: 404,
     Refusal.ASLEEP: 409,
     Refusal.QUEUE_FULL: 503,
+    Refusal.MODEL_BUSY: 429,
     Refusal.NEVER_FITS: 503,
     Refusal.START_FAILED: 503,
     Refusal.BACKING_OFF: 503,
@@ -27,6 +28,9 @@ _STATUS: Mapping[Refusal, int] = {
     Refusal.GPUS_UNREADABLE: 503,
     Refusal.WAITED_TOO_LONG: 504,
 }
+
+# Of errors that are the client's but no mistake in its request.
+_TYPES: Mapping[int, str] = {429: "rate_limit_error"}
 
 
 class ApiError(MmdError):
@@ -51,7 +55,7 @@ class ApiError(MmdError):
 
     def body(self) -> dict[str, object]:
         """The JSON body; the engine's last log lines, if there are any, end the message."""
-        kind = "invalid_request_error" if self.status < 500 else "server_error"
+        kind = "server_error" if self.status >= 500 else _TYPES.get(self.status, "invalid_request_error")
         message = "\n".join((self.message, *self.tail))
         return {"error": {"message": message, "type": kind, "param": self.param, "code": self.code}}
 

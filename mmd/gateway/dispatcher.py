@@ -16,10 +16,10 @@ from mmd.gateway.api_error import ApiError, refused
 from mmd.gateway.lesson_book import LessonBook
 from mmd.gateway.lifecycle import Lifecycle
 from mmd.gateway.outcome import Outcome, held_bytes
+from mmd.gateway.progress import progress
 from mmd.gateway.relay.engine import EngineConnections
 from mmd.gateway.relay.gate import Gate
 from mmd.gateway.relay.kept import KeptAnswers
-from mmd.gateway.stage import model_state
 from mmd.gateway.ticket import Ticket
 from mmd.names import UnitName
 from mmd.policy.actions import Action, Admit, Lend, Recall, Refuse, Sleep, Start, UnitAction, Wake
@@ -111,7 +111,7 @@ class Dispatcher(Gate):
         if isinstance(event, Done | Measured | Reset):
             self._write_lessons()
 
-    def request(self, model: Model, *, operator: bool = False) -> Ticket:
+    def request(self, model: Model, wait_s: float | None = None, *, operator: bool = False) -> Ticket:
         """Ask for an instance of `model`."""
         request = next(self._requests)
         unit = None if operator else self.scheduler.admit_at_once(request, model.name, self._loop.time())
@@ -120,7 +120,7 @@ class Dispatcher(Gate):
             return Ticket(self, request, model, unit=unit)
         admission: asyncio.Future[UnitName] = self._loop.create_future()
         self._admissions[request] = admission
-        self.post(Arrived(request, model.name, operator))
+        self.post(Arrived(request, model.name, operator, wait_s))
         return Ticket(self, request, model, admission=admission)
 
     def lend_to(self, lender: Lender) -> None:
@@ -133,13 +133,13 @@ class Dispatcher(Gate):
         if self._lender is not None:
             self._lender.survey()
 
-    def lost(self, unit: UnitName, model: Model) -> Ticket:
+    def lost(self, unit: UnitName, model: Model, wait_s: float | None) -> Ticket:
         """A worker's request, let in by a lease, found nobody listening at `unit`: it waits for another admission."""
         if unit not in self.scheduler.state.instances:
-            return self.request(model)
+            return self.request(model, wait_s)
         (request,) = self.inherit(unit, 1, None)
         ticket = Ticket(self, request, model, unit=unit)
-        ticket.unreachable()
+        ticket.unreachable(wait_s)
         return ticket
 
     def inherit(self, unit: UnitName, count: int, idle_s: float | None) -> list[int]:
@@ -163,8 +163,9 @@ class Dispatcher(Gate):
     def keep(self, answer: str, model: str) -> None:
         self.kept_answers.add(answer, model)
 
-    async def stage(self, model: Model) -> str:
-        return model_state(self.scheduler.state, model).value
+    def progress(self, request: int, model: Model) -> str:
+        """What a request waits for."""
+        return progress(self.scheduler.state, model, request, self.lifecycle.units, self._loop.time())
 
     async def pause(self) -> None:
         """Begin nothing more, and wait until no engine is on its way to sleep or awake: half-way nobody could take it over.
@@ -189,10 +190,10 @@ class Dispatcher(Gate):
                 admission.exception()  # nobody may be looking
         self._announce()
 
-    def readmit(self, request: int) -> "asyncio.Future[UnitName]":
+    def readmit(self, request: int, wait_s: float | None) -> "asyncio.Future[UnitName]":
         admission: asyncio.Future[UnitName] = self._loop.create_future()
         self._admissions[request] = admission
-        self.post(Unreachable(request))
+        self.post(Unreachable(request, wait_s))
         return admission
 
     def give_back(self, request: int, admission: "asyncio.Future[UnitName] | None") -> None:

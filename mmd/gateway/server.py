@@ -10,7 +10,10 @@ import logging
 import socket
 from collections.abc import Callable, Iterable
 
+from mmd.config import Gateway
 from mmd.gateway.relay.client import ClientConnection
+from mmd.gateway.relay.clients import Clients
+from mmd.gateway.relay.cors import CorsExchange, cors_lines
 from mmd.gateway.relay.exchange import Exchange
 from mmd.gateway.relay.head import RequestHead
 from mmd.gateway.relay.inference import Inference, InferenceExchange
@@ -49,6 +52,7 @@ class Server:
         """`elsewhere`: where there are workers, takes the connections with requests for them, or as a `worker` all others."""
         self.name = name
         self.connections: set[ClientConnection] = set()
+        self._clients = Clients()
         self.leaving = False
         self.heir: Heir | None = None
         self._inference = inference
@@ -65,6 +69,21 @@ class Server:
             make = self._loop.create_unix_server if listening.family == socket.AF_UNIX else self._loop.create_server
             self._listeners.append(await make(self._connect, sock=listening, backlog=BACKLOG))
         self._check()
+
+    @property
+    def gateway(self) -> Gateway:
+        return self._inference.gate.config.gateway
+
+    def came(self, client: ClientConnection, fresh: bool) -> bool:
+        self.connections.add(client)
+        limit = self.gateway.connections_per_client
+        if limit is None or client.transport is None:
+            return True
+        return self._clients.come(client, client.transport.get_extra_info("peername"), limit, fresh=fresh)
+
+    def went(self, client: ClientConnection) -> None:
+        self.connections.discard(client)
+        self._clients.go(client)
 
     def _connect(self) -> ClientConnection:
         return ClientConnection(self, self._loop)
@@ -91,6 +110,8 @@ class Server:
 
     def exchange(self, client: ClientConnection, request: RequestHead, length: int | None) -> Exchange | None:
         """Who answers this request: a model, or `other`; None: another process."""
+        if request.needs_leave and (answer := CorsExchange.of(client, request, length, self.gateway.cors_origins)) is not None:
+            return answer
         route = ROUTES.get(request.path) or find_route(request.path)
         if self._elsewhere is not None and self._worker is not (route is not None and route.for_workers):
             return None
@@ -102,6 +123,9 @@ class Server:
         """Who answers a request that is not for a model."""
         raise NotImplementedError
 
+    def cors_lines(self, origin: bytes) -> bytes:
+        return cors_lines(self.gateway.cors_origins, origin)
+
     def pass_on(self, connection: int, read: bytes, chunked: bool | None) -> None:
         """Hand over a connection with a request that nobody answers here."""
         assert self._elsewhere is not None
@@ -111,9 +135,9 @@ class Server:
         """Look for silent clients; one timer for all of them costs less than one each."""
         if not self._unchecked:
             self._unchecked = list(self.connections)
-        now = self._loop.time()
+        now, allowed = self._loop.time(), self.gateway.timeouts
         for connection in self._unchecked[-_CHECK_AT_ONCE:]:
-            connection.check(now)
+            connection.check(now, allowed)
         del self._unchecked[-_CHECK_AT_ONCE:]
         self._checker = self._loop.call_later(_CHECK_PAUSE_S if self._unchecked else _CHECK_S, self._check)
 

@@ -44,8 +44,11 @@ class Ticket(Place):
             await asyncio.wait((self._admission,), timeout=timeout_s)
         return self._admission.result() if self._admission.done() else None
 
-    def unreachable(self) -> None:
-        self._admission = self._dispatcher.readmit(self.request)
+    async def progress(self) -> str:
+        return self._dispatcher.progress(self.request, self.model)
+
+    def unreachable(self, wait_s: float | None) -> None:
+        self._admission = self._dispatcher.readmit(self.request, wait_s)
 
     def close(self) -> None:
         self._dispatcher.give_back(self.request, self._admission)

@@ -13,6 +13,7 @@ class Refusal(StrEnum):
 
     UNKNOWN_MODEL = "unknown_model"
     QUEUE_FULL = "queue_full"
+    MODEL_BUSY = "model_busy"
     NEVER_FITS = "never_fits"
     START_FAILED = "start_failed"
     BACKING_OFF = "backing_off"

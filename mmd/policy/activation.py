@@ -5,6 +5,7 @@ from mmd.names import UnitName
 from mmd.policy.actions import Action, Sleep, Start, Stop, UnitAction, Wake
 from mmd.policy.admission import misfit_of, refuse_all
 from mmd.policy.events import Phase
+from mmd.policy.forecast import comes_in_s
 from mmd.policy.instance import Claim, Instance
 from mmd.policy.ledger import RAM, covers, more_of
 from mmd.policy.placing import plan
@@ -29,11 +30,10 @@ def demands(state: State, now: float) -> list[Model]:
 
 
 def _turn(state: State, model: Model, now: float) -> tuple[int, bool, float, float]:
-    queue, lesson = state.queues[model.name], state.lesson_of(model.name)
+    queue = state.queues[model.name]
     oldest = queue[0].since
     in_time = now - oldest < state.config.policy.max_wait_s
-    asleep = [instance.level for instance in state.instances_of(model) if instance.phase is Phase.SLEEPING]
-    cost_s = max(lesson.wakes_in_s(min(asleep)) if asleep else lesson.starts_in_s, _LEAST_COST_S)
+    cost_s = max(comes_in_s(state, model), _LEAST_COST_S)
     waited_s = sum(now - waiter.since for waiter in queue)
     return (-model.priority, in_time, -(len(queue) + waited_s / cost_s) if in_time else 0.0, oldest)
 

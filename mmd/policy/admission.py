@@ -9,6 +9,7 @@ from mmd.config import Model
 from mmd.names import CPU, UnitName, is_slice
 from mmd.policy.actions import Action, Admit, Refusal, Refuse
 from mmd.policy.events import Arrived, Phase
+from mmd.policy.forecast import retry_after_s
 from mmd.policy.instance import Instance, Waiter
 from mmd.policy.ledger import RAM, Amounts, Key, awake_amounts, minus, shortfall
 from mmd.policy.state import State
@@ -33,7 +34,7 @@ __all__ = [
 # Requests per instance, where nothing says it: engines that batch gain little beyond.
 _TARGET_IN_FLIGHT = 16
 
-# Retry-After when the queue is full or the wait was too long: about one swap.
+# Retry-After while the GPUs cannot be read: the driver is asked again every 4 to 30 seconds.
 _RETRY_S = 10.0
 
 
@@ -43,11 +44,13 @@ def arrive(state: State, event: Arrived, now: float) -> list[Action]:
     if model is None:
         return [Refuse(event.request, Refusal.UNKNOWN_MODEL, f"the model {event.model!r} does not exist")]
     refusal = _hopeless(state, model, event, now)
+    if refusal is None and event.wait_s == 0 and not _at_once(state, model):
+        refusal = Refuse(event.request, Refusal.WAITED_TOO_LONG, *_too_long(state, model, 0.0, now))
     if refusal is not None:
         return [refusal]
     if not event.operator:
         state.traffic_of(model.name).count(now)
-    _enqueue(state, Waiter(event.request, model.name, now, event.operator))
+    _enqueue(state, Waiter(event.request, model.name, now, event.operator, event.wait_s))
     return []
 
 
@@ -111,8 +114,7 @@ def _let_in(state: State, request: int, instance: Instance, now: float) -> None:
 
 def _hopeless(state: State, model: Model, event: Arrived, now: float) -> Refuse | None:
     if any(i.phase is Phase.READY for i in state.instances_of(model)):
-        at_once = model.name not in state.queues and _least_loaded(state, model) is not None
-        return None if at_once else _queue_full(state, event)
+        return None if _at_once(state, model) else _no_room(state, model, event, now)
     misfit = misfit_of(state, model)
     if misfit is not None:
         return Refuse(event.request, misfit.why, misfit.words, misfit.retry_after_s)
@@ -123,7 +125,11 @@ def _hopeless(state: State, model: Model, event: Arrived, now: float) -> Refuse 
     if asleep and not model.wake_on_request:
         hint = f"it does not wake on request: mmdctl wake {model.name}"
         return Refuse(event.request, Refusal.ASLEEP, f"the model {model.name!r} is asleep; {hint}")
-    return _failed_lately(state, model, event, now) or _queue_full(state, event)
+    return _failed_lately(state, model, event, now) or _no_room(state, model, event, now)
+
+
+def _at_once(state: State, model: Model) -> bool:
+    return model.name not in state.queues and _least_loaded(state, model) is not None
 
 
 def _failed_lately(state: State, model: Model, event: Arrived, now: float) -> Refuse | None:
@@ -138,11 +144,30 @@ def _failed_lately(state: State, model: Model, event: Arrived, now: float) -> Re
     return Refuse(event.request, Refusal.BACKING_OFF, message, wait_s, failures.tail)
 
 
-def _queue_full(state: State, event: Arrived) -> Refuse | None:
-    limit = state.config.gateway.queue_limit
-    if len(state.waiting) < limit or event.operator:
+def _no_room(state: State, model: Model, event: Arrived, now: float) -> Refuse | None:
+    """The answer when as many wait already as may, for this model or for all."""
+    if event.operator:
         return None
-    return Refuse(event.request, Refusal.QUEUE_FULL, f"{limit} requests are waiting already", _RETRY_S)
+    limit = state.config.gateway.queue_limit
+    if _crowded(state, model):
+        why = Refusal.MODEL_BUSY
+        words = f"{model.name} has all the requests that it may: {model.concurrency} at a time (concurrency)"
+        words += f" and {model.queue_limit} that wait (queue_limit)" if model.queue_limit else ""
+    elif len(state.waiting) >= limit:
+        why, words = Refusal.QUEUE_FULL, f"{limit} requests are waiting already (gateway.queue_limit)"
+    else:
+        return None
+    return Refuse(event.request, why, words, retry_after_s(state, model, now))
+
+
+def _crowded(state: State, model: Model) -> bool:
+    """Whether a model with a limit has as many requests, in flight and waiting, as it may. While none of its instances is up,
+    those that one will take may wait besides."""
+    if not model.concurrency or model.queue_limit is None:
+        return False
+    instances = state.instances_of(model)
+    here = sum(instance.load for instance in instances) + len(state.queues.get(model.name, ()))
+    return here >= model.concurrency * max(1, sum(instance.usable for instance in instances)) + model.queue_limit
 
 
 @dataclass(frozen=True, slots=True)
@@ -244,17 +269,29 @@ def _least_loaded(state: State, model: Model) -> Instance | None:
 
 
 def expire(state: State, now: float) -> list[Action]:
-    """Refuse those that have waited longer than `gateway.wait_limit`."""
+    """Refuse those that have waited longer than `gateway.wait_limit`, or than they wanted to."""
     limit = state.config.gateway.wait_limit_s
-    late = [w for w in state.waiting.values() if now - w.since >= limit]
+    late = [w for w in state.waiting.values() if now - w.since > (limit if w.wait_s is None else min(limit, w.wait_s))]
     actions: list[Action] = []
     for waiter in late:
+        message, retry_s = _too_long(state, state.config.models[waiter.model], waiter.wait_s, now)
         drop(state, waiter.request)
-        message = f"{waiter.model} did not become ready within {human_duration(limit)} (gateway.wait_limit)"
-        if short := lacking(state, state.config.models[waiter.model]):
-            message += f": {short}"
-        actions.append(Refuse(waiter.request, Refusal.WAITED_TOO_LONG, message, _RETRY_S))
+        actions.append(Refuse(waiter.request, Refusal.WAITED_TOO_LONG, message, retry_s))
     return actions
+
+
+def _too_long(state: State, model: Model, wait_s: float | None, now: float) -> tuple[str, float]:
+    """What somebody is told who has waited in vain, for `wait_s` at most, and when to come again."""
+    limit = state.config.gateway.wait_limit_s
+    if wait_s == 0:
+        message = f"{model.name} is not ready now, and the request does not wait (X-MMD-Wait: 0)"
+    elif wait_s is not None and wait_s < limit:
+        message = f"{model.name} did not become ready within {human_duration(wait_s)} (X-MMD-Wait)"
+    else:
+        message = f"{model.name} did not become ready within {human_duration(limit)} (gateway.wait_limit)"
+    if short := lacking(state, model):
+        message += f": {short}"
+    return message, retry_after_s(state, model, now)
 
 
 def refuse_all(state: State, model: str, why: Refusal, message: str, *, retry_after_s: float | None,
@@ -277,11 +314,10 @@ def drop(state: State, request: int) -> None:
         del state.queues[waiter.model]
 
 
-def requeue(state: State, request: int, model: str, now: float) -> None:
+def requeue(state: State, waiter: Waiter) -> None:
     """Put an admitted request that reached nobody back, at the head of its queue."""
-    waiter = Waiter(request, model, now, operator=False)
-    state.waiting[request] = waiter
-    state.queues.setdefault(model, deque()).appendleft(waiter)
+    state.waiting[waiter.request] = waiter
+    state.queues.setdefault(waiter.model, deque()).appendleft(waiter)
 
 
 def _enqueue(state: State, waiter: Waiter) -> None:

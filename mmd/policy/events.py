@@ -90,6 +90,8 @@ class Arrived:
     model: str
     operator: bool = False
     """Asked for by an operator (`mmdctl start`): also wakes a model that requests may not wake, and lifts a back-off."""
+    wait_s: float | None = None
+    """How long it waits at most, if it does not want to wait for as long as gateway.wait_limit; 0: it starts nothing."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,6 +113,8 @@ class Unreachable:
     """An admitted request found nobody listening at its instance, and goes back to the head of the queue."""
 
     request: int
+    wait_s: float | None = None
+    """As in Arrived."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -19,6 +19,8 @@ class Waiter:
     model: str
     since: float
     operator: bool
+    wait_s: float | None = None
+    """How long it waits at most; None: as long as anybody may."""
 
 
 @dataclass(slots=True)

@@ -75,6 +75,7 @@ def deadlines(state: State, now: float) -> Iterator[float]:
     for queue in state.queues.values():
         oldest = queue[0].since
         yield oldest + state.config.gateway.wait_limit_s
+        yield from (waiter.since + waiter.wait_s for waiter in queue if waiter.wait_s is not None)
         yield oldest + state.config.policy.max_wait_s
     for failures in state.failures.values():
         yield failures.retry_at

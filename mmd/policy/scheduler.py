@@ -29,7 +29,7 @@ from mmd.policy.events import (
     Tick,
     Unreachable,
 )
-from mmd.policy.instance import Failures, Instance
+from mmd.policy.instance import Failures, Instance, Waiter
 from mmd.policy.lesson import Lesson
 from mmd.policy.retire import deadlines, retire
 from mmd.policy.state import State
@@ -114,8 +114,8 @@ class Scheduler:
                 admission.drop(self.state, request)
             case Finished(request):
                 admission.finish(self.state, request, now)
-            case Unreachable(request):
-                return self._unreachable(request, now)
+            case Unreachable(request, wait_s):
+                return self._unreachable(request, wait_s, now)
             case Observed(unit):
                 return self._observe(event, now) if not self._pending(unit) else []
             case Done():
@@ -163,7 +163,7 @@ class Scheduler:
         message = f"{instance.model.name} was stopped by an operator while it was loading"
         return admission.refuse_all(self.state, instance.model.name, Refusal.STOPPED, message, retry_after_s=None)
 
-    def _unreachable(self, request: int, now: float) -> list[Action]:
+    def _unreachable(self, request: int, wait_s: float | None, now: float) -> list[Action]:
         """Requests never bypass the queue: the request waits again, and its silent instance is stopped first."""
         unit = self.state.admitted.get(request)
         if unit is None:
@@ -173,7 +173,7 @@ class Scheduler:
         if model is None:
             message = f"{unit} does not answer, and its model has been removed from the configuration"
             return [Refuse(request, Refusal.REMOVED, message)]
-        admission.requeue(self.state, request, model.name, now)
+        admission.requeue(self.state, Waiter(request, model.name, now, operator=False, wait_s=wait_s))
         instance = self.state.instances.get(unit)
         if instance is not None and instance.phase is Phase.READY and instance.pending is None:
             instance.release = Release(unit)

@@ -161,10 +161,10 @@ class World:
 
     # What may happen.
 
-    def arrive(self, model: str, *, operator: bool = False) -> int:
+    def arrive(self, model: str, *, operator: bool = False, wait_s: float | None = None) -> int:
         self._requests += 1
         self.waiting[self._requests] = model
-        self.post(Arrived(self._requests, model, operator))
+        self.post(Arrived(self._requests, model, operator, wait_s))
         return self._requests
 
     def cancel(self, request: int) -> None:

@@ -7,7 +7,7 @@ import asyncio
 import contextlib
 import json
 import socket
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Coroutine, Mapping
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any, cast
@@ -185,9 +185,9 @@ def body_of(model: str, *, stream: bool = False) -> bytes:
     return b'{"model": "%b", "stream": %b, "messages": []}' % (model.encode(), b"true" if stream else b"false")
 
 
-def chat_bytes(model: str = "m", *, stream: bool = False, more: bytes = b"", version: bytes = b"1.1") -> bytes:
-    """A valid chat request; `more`: further header lines."""
-    body = body_of(model, stream=stream)
+def chat_bytes(model: str = "m", *, stream: bool = False, more: bytes = b"", version: bytes = b"1.1", size: int = 0) -> bytes:
+    """A valid chat request; `more`: further header lines; `size`: at least so many bytes of body."""
+    body = body_of(model, stream=stream).ljust(size)
     head = b"POST /v1/chat/completions HTTP/%b\r\nHost: x\r\n%bContent-Length: %d\r\n\r\n" % (version, more, len(body))
     return head + body
 
@@ -224,14 +224,24 @@ async def gateway(
     *,
     routes: tuple[web.RouteDef, ...] = (),
     settings: Gateway | None = None,
-    ready: bool = True,
+    ready: bool | Collection[str] = True,
     workers: int | None = None,
     concurrency: int = 0,
+    queue_limit: int | None = None,
 ) -> AsyncIterator[Running]:
-    """A gateway with one ready CPU model per endpoint; `workers`: processes that relay instead of this one, if any."""
+    """A gateway with one CPU model per endpoint; `ready`: whether they are, or which of them; `workers`: processes that relay
+    instead of this one, if any."""
     workers = default_workers if workers is None else workers
     models = {
-        name: Model(name, name, EngineKind.SIM, gpus=0, aliases=(f"alias-of-{name}",), concurrency=concurrency)
+        name: Model(
+            name,
+            name,
+            EngineKind.SIM,
+            gpus=0,
+            aliases=(f"alias-of-{name}",),
+            concurrency=concurrency,
+            queue_limit=queue_limit,
+        )
         for name in endpoints
     }
     lifecycle = StaticLifecycle(endpoints)
@@ -239,9 +249,8 @@ async def gateway(
     dispatcher = Dispatcher(lifecycle, cast("Systemd", None), book)
     config = Config(gateway=settings or Gateway(), models=models)
     dispatcher.reconfigure(config, {}, 1 << 40)
-    if ready:
-        for name in models:
-            dispatcher.post(Observed(UnitName(name, CPU), Phase.READY))
+    for name in (models if ready else ()) if isinstance(ready, bool) else ready:
+        dispatcher.post(Observed(UnitName(name, CPU), Phase.READY))
     inference = Inference(dispatcher)
     with socket.create_server(("127.0.0.1", 0)) as listening:
         all_routes = [*OpenAiApi(dispatcher).routes(), *routes]

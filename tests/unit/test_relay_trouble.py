@@ -21,7 +21,7 @@ from relay_gateway import (
 )
 from test_relay_head import BAD_CHUNKS, REFUSED_REQUESTS, REFUSED_RESPONSES
 
-from mmd.config import Gateway
+from mmd.config import Gateway, Timeouts
 
 # A client's trouble.
 
@@ -290,7 +290,7 @@ def test_every_client_is_looked_at_however_many_there_are(tmp_path: Path) -> Non
         def __init__(self) -> None:
             self.looks = 0
 
-        def check(self, now: float) -> None:
+        def check(self, now: float, allowed: Timeouts) -> None:
             self.looks += 1
 
     async def check() -> None:

@@ -270,7 +270,7 @@ def test_a_waiting_stream_hears_what_its_model_is_doing(tmp_path: Path) -> None:
             await client.send(chat_bytes(stream=True))
             status, _, content = await client.answer()
             assert status == 200
-            assert content.startswith(b": m is starting\n\n: m is starting\n\n")
+            assert content.startswith(b": m is starting; 1st in line\n\n: m is starting; 1st in line\n\n")
 
     run(check())
 

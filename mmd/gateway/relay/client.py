@@ -5,6 +5,7 @@ import os
 from collections.abc import Callable
 from typing import Final, cast
 
+from mmd.config import Timeouts
 from mmd.gateway.api_error import ApiError
 from mmd.gateway.relay.exchange import Exchange, error_lines
 from mmd.gateway.relay.framing import Body, Chunked, Length
@@ -16,13 +17,6 @@ __all__ = ["ClientConnection"]
 
 # Bytes that a client may send ahead of the answer under way. More stay in the kernel.
 _AHEAD_MAX_BYTES: Final = 64 << 10
-
-# As nginx: between requests, and between two pieces of one.
-_IDLE_S: Final = 75.0
-_PIECE_S: Final = 60.0
-
-# A client that takes nothing of its answer for this long holds an engine for nobody.
-_STALLED_S: Final = 300.0
 
 # How long a client that still sends may go on doing so after its answer: closing at once would make the kernel answer with a
 # reset, which may overtake the answer (RFC 9112, 9.6).
@@ -43,7 +37,9 @@ class ClientConnection(asyncio.Protocol):
         "_ahead",
         "_body",
         "_closing",
+        "_excess",
         "_exchange",
+        "_fresh",
         "_full",
         "_host",
         "_loop",
@@ -60,8 +56,10 @@ class ClientConnection(asyncio.Protocol):
         "write",
     )
 
-    def __init__(self, host: Host, loop: asyncio.AbstractEventLoop, *, read: bytes = b"", chunked: bool | None = None) -> None:
-        """`read`: what another process has read of it already; `chunked`: how the event stream is framed that answers it."""
+    def __init__(
+        self, host: Host, loop: asyncio.AbstractEventLoop, *, read: bytes | None = None, chunked: bool | None = None
+    ) -> None:
+        """`read`: what another process that accepted it has read; `chunked`: how the event stream is framed that answers it."""
         self._host = host
         self._loop = loop
         self._since = loop.time()
@@ -70,9 +68,12 @@ class ClientConnection(asyncio.Protocol):
         """The request's body, while it is being read."""
         self._exchange: Exchange | None = None
         self._ahead = b""
-        self._read_so_far = read
+        self._read_so_far = read or b""
         """The beginning of a head that is not complete."""
         self._resumed = chunked
+        self._fresh = read is None
+        self._excess = False
+        """Its client has too many, but this one was accepted: it ends with its next answer."""
         self._reading = False
         self.stalled = False
         """It does not read what we send."""
@@ -96,15 +97,18 @@ class ClientConnection(asyncio.Protocol):
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self.transport = cast("asyncio.Transport", transport)  # uvloop's is none by its class
         self.write = self.transport.write
-        self._host.connections.add(self)
-        if self._read_so_far:
+        self._excess = not self._host.came(self, self._fresh)
+        if self._excess and self._fresh:
+            message = "this client has as many connections as it may (gateway.connections_per_client)"
+            self._refuse(ApiError(429, message, code="too_many_connections", retry_after_s=1))
+        elif self._read_so_far:
             data, self._read_so_far = self._read_so_far, b""
             self._read(data)
 
     def connection_lost(self, _: Exception | None) -> None:
         self.transport = None
         self.write = _discard
-        self._host.connections.discard(self)
+        self._host.went(self)
         self._gone()
 
     def eof_received(self) -> None:
@@ -174,7 +178,7 @@ class ClientConnection(asyncio.Protocol):
             if found is not None:
                 head, length, end = found
                 return self._begin(head, length, data, end)
-            parser = self._parser = RequestParser()
+            parser = self._parser = RequestParser(self._host.gateway.max_head_bytes)
             end_or_not = parser.parse(data)
             if end_or_not is not None:
                 _known.learn(parser.head, data[:end_or_not])
@@ -257,8 +261,10 @@ class ClientConnection(asyncio.Protocol):
     # What exchanges call.
 
     def head(self, lines: bytes, framing: bytes) -> bytes:
-        """The head of an answer: its lines, and what concerns this connection."""
-        if self.close_after or self._host.leaving or self._body is not None:
+        """The head of an answer: its lines, and what concerns this connection and the page that asks."""
+        if self._exchange is not None and self._exchange.request.origin:
+            lines += self._host.cors_lines(self._exchange.request.origin)
+        if self.close_after or self._excess or self._host.leaving or self._body is not None:
             self.close_after = True
             return b"%b%bConnection: close\r\n\r\n" % (lines, framing)
         if self._exchange is not None and self._exchange.request.version == "1.0":
@@ -375,15 +381,15 @@ class ClientConnection(asyncio.Protocol):
         if self.transport is not None:
             self.transport.close()
 
-    def check(self, now: float) -> None:
+    def check(self, now: float, allowed: Timeouts) -> None:
         """End the connection if the client has been silent for too long. What waits for an answer waits."""
         silent_s = now - self._since
-        if self.stalled and silent_s > _STALLED_S:
+        if self.stalled and silent_s > allowed.stalled_s:
             self.abort()
         if self._closing or self._tunnel or self._full or self._ahead:
             return
         if self._parser is not None or self._body is not None:
-            if silent_s > _PIECE_S:
+            if silent_s > allowed.request_s:
                 self._refuse(ApiError(408, "the request did not come in time", code="request_timeout"))
-        elif self._exchange is None and silent_s > _IDLE_S:
+        elif self._exchange is None and silent_s > allowed.idle_s:
             self.close()

@@ -26,8 +26,12 @@ class Place:
         """The instance to forward to, None when `timeout_s` passed first; ApiError when the request is turned away."""
         raise NotImplementedError
 
-    def unreachable(self) -> None:
-        """Nobody listened at the instance: wait for another admission."""
+    async def progress(self) -> str:
+        """What it waits for, in a line."""
+        raise NotImplementedError
+
+    def unreachable(self, wait_s: float | None) -> None:
+        """Nobody listened at the instance: wait for another admission, see `Gate.request`."""
         raise NotImplementedError
 
     def close(self) -> None:
@@ -48,8 +52,8 @@ class Gate:
     def config(self) -> Config:
         raise NotImplementedError
 
-    def request(self, model: Model) -> Place:
-        """Ask for an instance of `model`."""
+    def request(self, model: Model, wait_s: float | None) -> Place:
+        """Ask for an instance of `model`, and wait for `wait_s` at most; None: as long as anybody may."""
         raise NotImplementedError
 
     def endpoint(self, unit: UnitName) -> str | None:
@@ -65,8 +69,4 @@ class Gate:
 
     def keep(self, answer: str, model: str) -> None:
         """An engine keeps an answer by this id."""
-        raise NotImplementedError
-
-    async def stage(self, model: Model) -> str:
-        """What `model` is doing, for somebody who waits for it."""
         raise NotImplementedError

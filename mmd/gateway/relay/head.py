@@ -26,6 +26,7 @@ __all__ = [
     "head_lines",
 ]
 
+# Of answers, and of requests unless gateway.max_head says something else.
 HEAD_MAX_BYTES: Final = 32 << 10
 _LENGTH_MAX: Final = 1 << 50
 """A petabyte: nobody means more than that."""
@@ -106,8 +107,10 @@ class _Head:
             self.fields = [field for field in self.fields if field[0] not in self.tokens]
 
 
-# Credentials for us are none of the engine's business, and what it compresses we could not count.
-_NOT_TO_ENGINE = frozenset((b"authorization", b"cookie", b"accept-encoding"))
+_WAIT = b"x-mmd-wait"
+
+# Credentials for us are none of the engine's business, nor is what else is meant for us; what it compresses we could not count.
+_NOT_TO_ENGINE = frozenset((b"authorization", b"cookie", b"accept-encoding", _WAIT))
 
 
 class RequestHead(_Head):
@@ -122,16 +125,22 @@ class RequestHead(_Head):
         """The client waits for `100 Continue` before it sends the body."""
         self.engine_lines = b""
         """The fields that an engine gets."""
+        self.origin = b""
+        """Of the page that a browser acts for."""
+        self.needs_leave = False
+        """The browser asks whether the page may send a request, or opens a WebSocket for it, which it lets read everything."""
+        self.wait = b""
+        """X-MMD-Wait: how long the client wants to wait for its model."""
 
-    def written(self, length: int) -> bytes:
-        """The head of the same request with a body of `length` bytes, for another reader."""
+    def written(self, length: int, wait: bytes) -> bytes:
+        """The head of the same request with a body of `length` bytes, for another reader. `wait`: what is left of its wait."""
         connection = b"keep-alive" if self.keep_alive else b"close"
         return b"%b %b HTTP/%b\r\nHost: %b\r\n%bConnection: %b\r\nContent-Length: %d\r\n\r\n" % (
             self.method,
             self.target,
             self.version.encode(),
             self.host or b"",
-            _lines(self.fields),
+            _lines((lower, name, wait if lower == _WAIT else value) for lower, name, value in self.fields),
             connection,
             length,
         )
@@ -179,6 +188,9 @@ class RequestHead(_Head):
             raise MalformedError("a target has no fragment")
         self.path = self.target.partition(b"?")[0]
         self.continues = self.continues and version == "1.1"
+        self.wait, self.origin = self.field(_WAIT), self.field(b"origin")
+        asks = method == b"OPTIONS" and self.field(b"access-control-request-method") != b""
+        self.needs_leave = self.origin != b"" and (asks or self.websocket)
         self.engine_lines = _lines(field for field in self.fields if field[0] not in _NOT_TO_ENGINE)
 
     def _origin_form(self) -> None:
@@ -219,8 +231,9 @@ class ResponseHead(_Head):
 
 
 def head_lines(status: int, reason: bytes, fields: Iterable[tuple[bytes, bytes, bytes]]) -> bytes:
-    """The start of an answer's head. Which server there is behind us is nobody's business."""
-    return b"HTTP/1.1 %d %b\r\n%b" % (status, reason, _lines(field for field in fields if field[0] != b"server"))
+    """The start of an answer's head. Which server there is behind us is nobody's business, and which pages may call is ours."""
+    passed = (field for field in fields if field[0] != b"server" and not field[0].startswith(b"access-control-"))
+    return b"HTTP/1.1 %d %b\r\n%b" % (status, reason, _lines(passed))
 
 
 def _lines(fields: Iterable[tuple[bytes, bytes, bytes]]) -> bytes:
@@ -230,10 +243,11 @@ def _lines(fields: Iterable[tuple[bytes, bytes, bytes]]) -> bytes:
 class _Parser:
     """Feeds one head to llhttp, piece by piece, and nothing that follows it."""
 
-    __slots__ = ("_done", "_last", "_size")
+    __slots__ = ("_done", "_last", "_limit", "_size")
 
-    def __init__(self) -> None:
+    def __init__(self, limit: int) -> None:
         self._done = False
+        self._limit = limit
         self._last = b""
         self._size = 0
 
@@ -251,8 +265,8 @@ class _Parser:
                 found = data.find(_END)
                 end = found + 4 if found >= 0 else -1
         self._size += len(data) if end < 0 else end
-        if self._size > HEAD_MAX_BYTES:
-            raise MalformedError(f"the head is larger than {HEAD_MAX_BYTES >> 10} KiB", status=431)
+        if self._size > self._limit:
+            raise MalformedError(f"the head is larger than {self._limit >> 10} KiB", status=431)
         try:
             parser.feed_data(data if end < 0 or end == len(data) else data[:end])
         except httptools.HttpParserUpgrade:
@@ -275,12 +289,12 @@ class _Parser:
 
 
 class RequestParser(_Parser):
-    """One request's head."""
+    """One request's head, of `limit` bytes at most."""
 
     __slots__ = ("_line_bytes", "_line_over", "_parser", "head", "on_header")
 
-    def __init__(self) -> None:
-        super().__init__()
+    def __init__(self, limit: int = HEAD_MAX_BYTES) -> None:
+        super().__init__(limit)
         self._line_bytes = 0
         """Of the request line, as far as it has come."""
         self._line_over = False
@@ -316,7 +330,7 @@ class ResponseParser(_Parser):
     __slots__ = ("_parser", "head", "on_header")
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__(HEAD_MAX_BYTES)
         self.head = ResponseHead()
         self.on_header = self.head.take
         self._parser: httptools.HttpResponseParser | None = httptools.HttpResponseParser(self)

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Protocol
 
+from mmd.config import Gateway
 from mmd.gateway.relay.exchange import Exchange
 from mmd.gateway.relay.head import RequestHead
 
@@ -16,7 +17,16 @@ class Host(Protocol):
     """Whose connection it is."""
 
     leaving: bool
-    connections: set["ClientConnection"]
+
+    @property
+    def gateway(self) -> Gateway:
+        """The settings in force."""
+
+    def came(self, client: "ClientConnection", fresh: bool) -> bool:
+        """There is a connection. False: its client has as many as it may; a `fresh` one is to be refused then."""
+
+    def went(self, client: "ClientConnection") -> None:
+        """It is no more."""
 
     @property
     def heir(self) -> Callable[[int, bytes, bool | None], None] | None:
@@ -25,6 +35,9 @@ class Host(Protocol):
 
     def exchange(self, client: "ClientConnection", request: RequestHead, length: int | None) -> Exchange | None:
         """Who answers this request; None: another process, by `pass_on`."""
+
+    def cors_lines(self, origin: bytes) -> bytes:
+        """What an answer to a page of `origin` says of that."""
 
     def pass_on(self, connection: int, read: bytes, chunked: bool | None) -> None:
         """Take a connection, by its descriptor, whose next request is another process's; `read` begins with that request,

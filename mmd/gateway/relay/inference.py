@@ -1,7 +1,7 @@
 """Inference requests: routed by the model in the body, each for itself, whatever its connection asked for before.
 
 A request whose model is ready and for which a connection is warm goes to the engine in the call stack that received it. All
-others get a task that waits for admission and connects.
+others wait for admission and connect in a task, see mmd.gateway.relay.waiting.
 """
 
 import asyncio
@@ -9,16 +9,16 @@ import logging
 import re
 from typing import TYPE_CHECKING
 
-from mmd.config import EngineKind, Model
+from mmd.config import EngineKind
 from mmd.gateway.api_error import ApiError
 from mmd.gateway.relay.counters import USAGE_TAIL_BYTES, Counters
-from mmd.gateway.relay.engine import EngineConnection, EngineConnections, EngineGoneError
-from mmd.gateway.relay.exchange import Exchange, date_line
+from mmd.gateway.relay.engine import EngineConnection, EngineConnections
 from mmd.gateway.relay.framing import chunk, last_chunk
-from mmd.gateway.relay.gate import Gate, Place
-from mmd.gateway.relay.head import RequestHead, ResponseHead, head_lines
+from mmd.gateway.relay.gate import Gate
+from mmd.gateway.relay.head import RequestHead, ResponseHead
 from mmd.gateway.relay.routing import Route
-from mmd.names import UnitName
+from mmd.gateway.relay.waiting import EVENTS, WaitingExchange, wait_of
+from mmd.gateway.workers import worker_count
 from mmd.quantity import format_size
 
 if TYPE_CHECKING:
@@ -37,12 +37,20 @@ _ERROR_MAX_BYTES = 64 << 10
 # Methods whose requests have a body as a rule: one that has none says so (RFC 9110, 8.6).
 _WITH_BODY = frozenset((b"POST", b"PUT", b"PATCH"))
 
-_EVENTS = b"text/event-stream"
 _SHORT_BYTES = 64
 
 # As OpenAI and vLLM make them, at the beginning of an answer to /v1/responses, or of its first event.
 _ANSWER_ID = re.compile(rb'"id"\s*:\s*"(resp_[^"\\]{1,120})"')
 _ID_WITHIN_BYTES = 16 << 10
+
+
+# So much is never too much. Most processes hold no more, and need not look.
+_ALWAYS_BYTES = 1 << 20
+
+
+def _no_room() -> ApiError:
+    message = "the requests under way take all the memory that they may (gateway.max_buffered)"
+    return ApiError(503, message, code="too_much_buffered", retry_after_s=1)
 
 
 class Inference:
@@ -52,7 +60,17 @@ class Inference:
         self.gate = gate
         self.counters: dict[str, Counters] = {}
         """By model name."""
+        self.held_bytes = 0
+        """The bodies that are here, see gateway.max_buffered."""
         self.loop = asyncio.get_running_loop()
+
+    def has_room(self, more: int = 0) -> bool:
+        """Whether `more` bytes of bodies may be held besides. With workers, each process has its share."""
+        held = self.held_bytes + more
+        if held <= _ALWAYS_BYTES:
+            return True
+        gateway = self.gate.config.gateway
+        return held <= max(gateway.max_body_bytes, gateway.max_buffered_bytes // worker_count(gateway.workers))
 
     def counters_of(self, model: str) -> Counters:
         counters = self.counters.get(model)
@@ -61,31 +79,24 @@ class Inference:
         return counters
 
 
-class InferenceExchange(Exchange):
+class InferenceExchange(WaitingExchange):
     """One request for a model."""
 
     def __init__(
         self, client: "ClientConnection", request: RequestHead, length: int | None, shared: Inference, route: Route
     ) -> None:
-        super().__init__(client, request, length)
-        self._shared = shared
+        super().__init__(client, request, length, shared)
         self._route = route
         self._pieces: list[bytes] | None = None
         self._body_size = 0
-        self._model: Model | None = None
-        self._stream = False
+        self._held = 0
+        """How much of `Inference.held_bytes` is its own."""
         self._target = b""
         self._body_in = b""
         """As the client sent it."""
         self._request = b""
         """The body as the engine gets it."""
-        self._begun = 0.0
-        self._place: Place | None = None
-        self._task: asyncio.Task[None] | None = None
-        self._connections: EngineConnections | None = None
         self._retried = False
-        self._events = False
-        """The client gets an event stream, in which an error can be told at any time."""
         self._error: bytearray | None = None
         """The engine's error, while it is collected to become an event."""
         self._beginning: bytes | None = None
@@ -103,6 +114,13 @@ class InferenceExchange(Exchange):
             self.fail(ApiError(405, message, code="method_not_allowed"))
         elif self.length and self.length > self._limit():
             self.fail(self._too_large())
+        elif self.length and not self._shared.has_room(self.length):
+            self.fail(_no_room())
+
+    def _hold(self, size: int) -> None:
+        """Reckon with `size` bytes of its body."""
+        self._shared.held_bytes += size - self._held
+        self._held = size
 
     def _limit(self) -> int:
         return self._shared.gate.config.gateway.max_body_bytes
@@ -117,8 +135,11 @@ class InferenceExchange(Exchange):
             self._pieces = [piece]
         else:
             self._pieces.append(piece)
+        self._hold(size)
         if size > self._limit():
             self.fail(self._too_large())
+        elif not self._shared.has_room():
+            self.fail(_no_room())
 
     def end(self) -> None:
         body, self._pieces = b"".join(self._pieces or ()), None
@@ -131,12 +152,18 @@ class InferenceExchange(Exchange):
         if self.request.method not in self._route.methods or len(body) > config.gateway.max_body_bytes:
             self.begin()
             return
+        self._hold(len(body))
+        if not self._shared.has_room():
+            self.fail(_no_room())
+            return
         try:
             model, self._stream, self._request, self._target = self._route.aim(self.request, body, config, gate.kept())
+            if self.request.wait:
+                self._wait_s = wait_of(self.request.wait)
         except ApiError as error:
             self.fail(error)
             return
-        self._model, self._body_in = model, body
+        self._model, self._body_in, self._body_size = model, body, len(self._request)
         if self._route.answers_are_kept:
             self._beginning = b""
         self._begun = self._shared.loop.time()
@@ -145,7 +172,7 @@ class InferenceExchange(Exchange):
         if model.engine is EngineKind.EXTERNAL:
             endpoint = model.endpoint
         else:
-            self._place = place = gate.request(model)
+            self._place = place = gate.request(model, self._wait_s)
             unit = place.unit
             endpoint = gate.endpoint(unit) if unit is not None else None
         if endpoint is not None:
@@ -164,7 +191,7 @@ class InferenceExchange(Exchange):
         waiting = self.upstream is None and (self._place is None or self._place.waiting)
         if self._model is None or self.over or not waiting or self.request.websocket:
             return None
-        return self.request.written(len(self._body_in)) + self._body_in
+        return self.request.written(len(self._body_in), self._wait_left()) + self._body_in
 
     def withdraw(self) -> None:
         self._model = None  # its counters are the other's
@@ -201,97 +228,14 @@ class InferenceExchange(Exchange):
         if isinstance(connection, EngineConnection):
             connection.write(data)
 
-    # Waiting, in a task.
-
-    def _spawn(self, *, again: bool) -> None:
-        self._task = self._shared.loop.create_task(self._guard(again=again))
-
-    async def _guard(self, *, again: bool) -> None:
-        """The boundary of the task: a failure is answered."""
-        try:
-            await (self._reconnect() if again else self._pursue())
-        except ApiError as error:
-            self.fail(error)
-        except Exception:
-            _log.exception("a request for %s failed", self._model.name if self._model else "no model")
-            self.fail(ApiError(500, "internal error; see journalctl -u mmd-gateway", code="internal_error"))
-
-    async def _pursue(self) -> None:
-        """Reach the engine; once more, restarted, if nobody listens at the first."""
-        model = self._model
-        assert model is not None
-        if self._place is None:
-            await self._external(model)
-            return
-        gone = ""
-        for attempt in range(2 if model.restart_on_connection_failure else 1):
-            if attempt:
-                self._place.unreachable()
-                if self.client.leave():
-                    return
-            unit = await self._admission(model, self._place)
-            gate = self._shared.gate
-            endpoint = gate.endpoint(unit)
-            if endpoint is None:
-                gone = "its runner has left no report"
-                continue
-            try:
-                await self._connect(gate.connections(endpoint))
-            except EngineGoneError as error:
-                gone = str(error)
-                _log.warning("%s: nobody answers: %s", unit, gone)
-            else:
-                return
-        message = f"{model.name}: nobody answers at its engine: {gone}"
-        raise ApiError(502, message, code="engine_unreachable", retry_after_s=1)
-
-    async def _external(self, model: Model) -> None:
-        assert self._connections is not None
-        try:
-            await self._connect(self._connections)
-        except EngineGoneError as error:
-            message = f"{model.name}: nobody answers at {model.endpoint} ({error})"
-            raise ApiError(502, message, code="engine_unreachable", retry_after_s=5) from error
-
-    async def _connect(self, connections: EngineConnections) -> None:
-        self._connections = connections
-        self._send(connections, connections.take() or await connections.open())
-
-    async def _admission(self, model: Model, place: Place) -> UnitName:
-        """Wait for an instance. A client that asked for a stream gets its head, and comments, after a while."""
-        gate = self._shared.gate
-        patience_s = gate.config.gateway.loading_keepalive_s if self._stream else None
-        while (unit := await place.admitted(patience_s)) is None:
-            self._comment(f"{model.name} is {await gate.stage(model)}")
-        return unit
-
-    async def _reconnect(self) -> None:
-        """The warm connection had died, as it may at any time between requests: take a fresh one."""
-        assert self._connections is not None
-        try:
-            connection = await self._connections.open()
-        except EngineGoneError as error:
-            message = f"the engine broke the connection: {error}"
-            raise ApiError(502, message, code="engine_failed", retry_after_s=1) from error
-        self._send(self._connections, connection)
-
-    def _comment(self, text: str) -> None:
-        """Send an SSE comment, which clients skip (html.spec.whatwg.org, server-sent events)."""
-        head = b""
-        if not self.started:
-            self.started = self._events = True
-            self.status = 200
-            fields = [(b"content-type", b"Content-Type", _EVENTS), (b"cache-control", b"Cache-Control", b"no-cache")]
-            head = self.client.head(head_lines(200, b"OK", fields) + date_line(), self._framing(None))
-        comment = f": {text}\n\n".encode()
-        self.client.write(head + (chunk(comment) if self._chunked else comment))
-
     # The answer.
 
     def head_for(self, head: ResponseHead, length: int | None) -> bytes:
+        self._hold(0)
+        self._request = self._body_in = b""  # nobody will need it again, and the answer may take an hour
         if not self.started:
             # Where a length is promised, nothing can be added.
-            self._events = length is None and head.field(b"content-type")[: len(_EVENTS)].lower() == _EVENTS
+            self._events = length is None and head.field(b"content-type")[: len(EVENTS)].lower() == EVENTS
             return super().head_for(head, length)
         if head.status != 200:
             self._error, self._withheld = bytearray(), True
@@ -359,10 +303,11 @@ class InferenceExchange(Exchange):
             task.cancel()
         if self._place is not None:
             self._place.close()
+        self._hold(0)
         if model is None:
             return
         shared = self._shared
-        shared.counters_of(model.name).count(self.status, len(self._request), self._sent, self._before + self._tail)
+        shared.counters_of(model.name).count(self.status, self._body_size, self._sent, self._before + self._tail)
         if shared.gate.config.gateway.request_log:
             elapsed_s = shared.loop.time() - self._begun
             method, path = self.request.method.decode(), self.request.path.decode()

@@ -3,7 +3,7 @@
 from mmd.gateway.api_error import ApiError, no_such_model
 from mmd.gateway.dispatcher import Dispatcher
 from mmd.gateway.ticket import Ticket
-from mmd.gateway.workers.messages import Admitted, Ask, AskStage, GiveBack, Lost, Refused, Stage
+from mmd.gateway.workers.messages import Admitted, Ask, AskProgress, GiveBack, Lost, Progress, Refused
 from mmd.gateway.workers.process import WorkerProcess
 from mmd.names import UnitName
 
@@ -18,36 +18,38 @@ class Desk:
         self._worker = worker
         self._places: dict[int, Ticket] = {}
 
-    def hear(self, message: Ask | Lost | GiveBack | AskStage) -> None:
+    def hear(self, message: Ask | Lost | GiveBack | AskProgress) -> None:
         match message:
-            case Ask(number, name):
-                self._ask(number, name)
-            case Lost(number, name, unit):
-                self._lost(number, name, UnitName.parse(unit))
+            case Ask():
+                self._ask(message)
+            case Lost(unit=unit):
+                self._lost(message, UnitName.parse(unit))
             case GiveBack(number):
                 place = self._places.pop(number, None)
                 if place is not None:
                     place.close()
-            case AskStage(number, name):
-                self._dispatcher.spawn(self._tell_stage(number, name))
+            case AskProgress(number):
+                place = self._places.get(number)
+                words = "turned away" if place is None else self._dispatcher.progress(place.request, place.model)
+                self._worker.say(Progress(number, words))
 
-    def _ask(self, number: int, name: str) -> None:
+    def _ask(self, message: Ask | Lost) -> None:
         config = self._dispatcher.config
-        model = config.models.get(name)
+        model = config.models.get(message.model)
         if model is None:
-            self._worker.say(Refused.of(number, no_such_model(name, config)))
+            self._worker.say(Refused.of(message.number, no_such_model(message.model, config)))
         else:
-            self._follow(number, self._dispatcher.request(model))
+            self._follow(message.number, self._dispatcher.request(model, message.wait_s))
 
-    def _lost(self, number: int, name: str, unit: UnitName | None) -> None:
-        place, model = self._places.get(number), self._dispatcher.config.models.get(name)
+    def _lost(self, message: Lost, unit: UnitName | None) -> None:
+        place, model = self._places.get(message.number), self._dispatcher.config.models.get(message.model)
         if place is not None:
-            place.unreachable()
-            self._follow(number, place)
+            place.unreachable(message.wait_s)
+            self._follow(message.number, place)
         elif model is None or unit is None:
-            self._ask(number, name)
+            self._ask(message)
         else:
-            self._follow(number, self._dispatcher.lost(unit, model))
+            self._follow(message.number, self._dispatcher.lost(unit, model, message.wait_s))
 
     def _follow(self, number: int, place: Ticket) -> None:
         self._places[number] = place
@@ -61,10 +63,6 @@ class Desk:
         else:
             assert unit is not None, "there was no limit to the wait"
             self._worker.say(Admitted(number, str(unit), self._dispatcher.endpoint(unit)))
-
-    async def _tell_stage(self, number: int, name: str) -> None:
-        model = self._dispatcher.config.models.get(name)
-        self._worker.say(Stage(number, "gone" if model is None else await self._dispatcher.stage(model)))
 
     def close(self) -> None:
         """The worker has gone: so have those who waited."""

@@ -9,7 +9,7 @@ __all__ = [
     "Accept",
     "Admitted",
     "Ask",
-    "AskStage",
+    "AskProgress",
     "Begin",
     "Configured",
     "Connection",
@@ -21,11 +21,11 @@ __all__ = [
     "Lease",
     "Leave",
     "Lost",
+    "Progress",
     "Pulse",
     "Refused",
     "Revoke",
     "Revoked",
-    "Stage",
     "ToDecider",
     "ToWorker",
 ]
@@ -71,6 +71,8 @@ class Ask(msgspec.Struct, frozen=True, tag=True):
 
     number: int
     model: str
+    wait_s: float | None
+    """See Gate.request."""
 
 
 class Lost(msgspec.Struct, frozen=True, tag=True):
@@ -79,6 +81,7 @@ class Lost(msgspec.Struct, frozen=True, tag=True):
     number: int
     model: str
     unit: str
+    wait_s: float | None
 
 
 class GiveBack(msgspec.Struct, frozen=True, tag=True):
@@ -126,14 +129,13 @@ class Kept(msgspec.Struct, frozen=True, tag=True):
     model: str
 
 
-class AskStage(msgspec.Struct, frozen=True, tag=True):
-    """What is `model` doing? Answered by Stage."""
+class AskProgress(msgspec.Struct, frozen=True, tag=True):
+    """What does a request that was asked for wait for? Answered by Progress."""
 
     number: int
-    model: str
 
 
-class Stage(msgspec.Struct, frozen=True, tag=True):
+class Progress(msgspec.Struct, frozen=True, tag=True):
     number: int
     words: str
 
@@ -195,5 +197,5 @@ class Finish(msgspec.Struct, frozen=True, tag=True):
     timeout_s: float
 
 
-ToWorker = Begin | Accept | Configured | Lease | Revoke | Admitted | Refused | Stage | Connection | Leave | Finish
-ToDecider = Revoked | Drained | Kept | Ask | Lost | GiveBack | AskStage | Connection | Pulse
+ToWorker = Begin | Accept | Configured | Lease | Revoke | Admitted | Refused | Progress | Connection | Leave | Finish
+ToDecider = Revoked | Drained | Kept | Ask | Lost | GiveBack | AskProgress | Connection | Pulse

@@ -14,16 +14,16 @@ from mmd.gateway.relay.gate import Gate, Place
 from mmd.gateway.workers.messages import (
     Admitted,
     Ask,
-    AskStage,
+    AskProgress,
     Drained,
     GiveBack,
     Kept,
     Lease,
     Lost,
+    Progress,
     Refused,
     Revoke,
     Revoked,
-    Stage,
 )
 from mmd.gateway.workers.tally import Tally
 from mmd.names import UnitName
@@ -45,7 +45,7 @@ class _Place(Place):
 
     __slots__ = ("_answer", "_lent", "_model", "_number", "_tenant")
 
-    def __init__(self, tenant: "Tenant", model: Model, lent: _Lent | None) -> None:
+    def __init__(self, tenant: "Tenant", model: Model, lent: _Lent | None, wait_s: float | None) -> None:
         super().__init__(None if lent is None else lent.unit)
         self._tenant = tenant
         self._model = model
@@ -53,7 +53,7 @@ class _Place(Place):
         self._number = 0
         self._answer: asyncio.Future[UnitName] | None = None
         if lent is None:
-            self._number, self._answer = tenant.ask(model)
+            self._number, self._answer = tenant.ask(model, wait_s)
 
     @property
     def waiting(self) -> bool:
@@ -69,9 +69,12 @@ class _Place(Place):
         self.unit = self._answer.result()
         return self.unit
 
-    def unreachable(self) -> None:
+    async def progress(self) -> str:
+        return await self._tenant.progress(self._number)
+
+    def unreachable(self, wait_s: float | None) -> None:
         assert self.unit is not None
-        self._number, self._answer = self._tenant.report_lost(self._number, self._model, self.unit)
+        self._number, self._answer = self._tenant.report_lost(self._number, self._model, self.unit, wait_s)
         self._end_lease()
 
     def close(self) -> None:
@@ -96,7 +99,7 @@ class Tenant(Gate):
         self._loop = asyncio.get_running_loop()
         self._numbers = count(1)
         self._answers: dict[int, asyncio.Future[UnitName]] = {}
-        self._stages: dict[int, asyncio.Future[str]] = {}
+        self._progress: dict[int, asyncio.Future[str]] = {}
         self._lent: dict[str, list[_Lent]] = {}
         """By model name."""
         self._endpoints: dict[UnitName, str | None] = {}
@@ -111,13 +114,13 @@ class Tenant(Gate):
     def configure(self, config: Config) -> None:
         self._config = config
 
-    def request(self, model: Model) -> _Place:
+    def request(self, model: Model, wait_s: float | None) -> _Place:
         lent = self._lent.get(model.name)
         if lent is None:
-            return _Place(self, model, None)
+            return _Place(self, model, None, wait_s)
         best = lent[0] if len(lent) == 1 else min(lent, key=lambda each: self._tally.in_flight(each.slot))
         self._tally.begin(best.slot, self._loop.time())
-        return _Place(self, model, best)
+        return _Place(self, model, best, wait_s)
 
     def endpoint(self, unit: UnitName) -> str | None:
         return self._endpoints.get(unit)
@@ -134,32 +137,33 @@ class Tenant(Gate):
     def keep(self, answer: str, model: str) -> None:
         self._send(Kept(answer, model))
 
-    async def stage(self, model: Model) -> str:
-        number = next(self._numbers)
+    # What places do.
+
+    async def progress(self, number: int) -> str:
         answer: asyncio.Future[str] = self._loop.create_future()
-        self._stages[number] = answer
-        self._send(AskStage(number, model.name))
+        self._progress[number] = answer
+        self._send(AskProgress(number))
         try:
             return await answer
         finally:
-            del self._stages[number]
-
-    # What places do.
+            del self._progress[number]
 
     def end(self, lent: _Lent) -> None:
         """A request that went through by a lease is over."""
         if not self._tally.end(lent.slot, self._loop.time()) and lent.revoked:
             self._send(Drained())
 
-    def ask(self, model: Model) -> tuple[int, "asyncio.Future[UnitName]"]:
+    def ask(self, model: Model, wait_s: float | None) -> tuple[int, "asyncio.Future[UnitName]"]:
         number = next(self._numbers)
-        self._send(Ask(number, model.name))
+        self._send(Ask(number, model.name, wait_s))
         return number, self._expect(number)
 
-    def report_lost(self, number: int, model: Model, unit: UnitName) -> tuple[int, "asyncio.Future[UnitName]"]:
+    def report_lost(
+        self, number: int, model: Model, unit: UnitName, wait_s: float | None
+    ) -> tuple[int, "asyncio.Future[UnitName]"]:
         """A request found nobody at a unit; `number` is 0 if it has not been asked for yet."""
         number = number or next(self._numbers)
-        self._send(Lost(number, model.name, str(unit)))
+        self._send(Lost(number, model.name, str(unit), wait_s))
         return number, self._expect(number)
 
     def _expect(self, number: int) -> "asyncio.Future[UnitName]":
@@ -175,7 +179,7 @@ class Tenant(Gate):
 
     # What the deciding process says.
 
-    def hear(self, message: Lease | Revoke | Admitted | Refused | Stage) -> None:
+    def hear(self, message: Lease | Revoke | Admitted | Refused | Progress) -> None:
         match message:
             case Lease():
                 self._take(_unit(message.unit), message.model, message.slot, message.endpoint)
@@ -192,10 +196,10 @@ class Tenant(Gate):
                 if answer is not None and not answer.done():
                     answer.set_exception(message.error())
                     answer.exception()  # the client may have left: nobody need look at it
-            case Stage():
-                stage = self._stages.get(message.number)
-                if stage is not None and not stage.done():
-                    stage.set_result(message.words)
+            case Progress():
+                told = self._progress.get(message.number)
+                if told is not None and not told.done():
+                    told.set_result(message.words)
 
     def _take(self, unit: UnitName, model: str, slot: int, endpoint: str) -> None:
         self._endpoints[unit] = endpoint
@@ -214,6 +218,9 @@ class Tenant(Gate):
 
     def abandon(self) -> None:
         """Nobody decides any more."""
+        for told in self._progress.values():
+            if not told.done():
+                told.set_result("the gateway is gone")
         for answer in self._answers.values():
             if not answer.done():
                 answer.set_exception(ApiError(503, "the gateway is gone", code="gateway_gone", retry_after_s=1))
