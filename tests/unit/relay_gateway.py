@@ -227,21 +227,26 @@ async def gateway(
     ready: bool = True,
     workers: int | None = None,
     concurrency: int = 0,
+    models: tuple[Model, ...] = (),
 ) -> AsyncIterator[Running]:
-    """A gateway with one ready CPU model per endpoint; `workers`: processes that relay instead of this one, if any."""
+    """A gateway with one ready CPU model per endpoint; `workers`: processes that relay instead of this one, if any.
+
+    `models`: these instead, with endpoints by unit id.
+    """
     workers = default_workers if workers is None else workers
-    models = {
-        name: Model(name, name, EngineKind.SIM, gpus=0, aliases=(f"alias-of-{name}",), concurrency=concurrency)
-        for name in endpoints
-    }
+    if not models:
+        models = tuple(
+            Model(name, name, EngineKind.SIM, gpus=0, aliases=(f"alias-of-{name}",), concurrency=concurrency)
+            for name in endpoints
+        )
     lifecycle = StaticLifecycle(endpoints)
     book = LessonBook(Path(":memory:"))
     dispatcher = Dispatcher(lifecycle, cast("Systemd", None), book)
-    config = Config(gateway=settings or Gateway(), models=models)
+    config = Config(gateway=settings or Gateway(), models={model.name: model for model in models})
     dispatcher.reconfigure(config, {}, 1 << 40)
     if ready:
-        for name in models:
-            dispatcher.post(Observed(UnitName(name, CPU), Phase.READY))
+        for unit_id in endpoints:
+            dispatcher.post(Observed(UnitName(unit_id, CPU), Phase.READY))
     inference = Inference(dispatcher)
     with socket.create_server(("127.0.0.1", 0)) as listening:
         all_routes = [*OpenAiApi(dispatcher).routes(), *routes]

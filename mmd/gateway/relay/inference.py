@@ -6,7 +6,6 @@ others get a task that waits for admission and connects.
 
 import asyncio
 import logging
-import re
 from typing import TYPE_CHECKING
 
 from mmd.config import EngineKind, Model
@@ -17,7 +16,8 @@ from mmd.gateway.relay.exchange import Exchange, date_line
 from mmd.gateway.relay.framing import chunk, last_chunk
 from mmd.gateway.relay.gate import Gate, Place
 from mmd.gateway.relay.head import RequestHead, ResponseHead, head_lines
-from mmd.gateway.relay.routing import Route
+from mmd.gateway.relay.kept import IdFinder
+from mmd.gateway.relay.routing import Aim, Route, UnknownAnswerError, not_taken
 from mmd.names import UnitName
 from mmd.quantity import format_size
 
@@ -39,10 +39,6 @@ _WITH_BODY = frozenset((b"POST", b"PUT", b"PATCH"))
 
 _EVENTS = b"text/event-stream"
 _SHORT_BYTES = 64
-
-# As OpenAI and vLLM make them, at the beginning of an answer to /v1/responses, or of its first event.
-_ANSWER_ID = re.compile(rb'"id"\s*:\s*"(resp_[^"\\]{1,120})"')
-_ID_WITHIN_BYTES = 16 << 10
 
 
 class Inference:
@@ -88,7 +84,7 @@ class InferenceExchange(Exchange):
         """The client gets an event stream, in which an error can be told at any time."""
         self._error: bytearray | None = None
         """The engine's error, while it is collected to become an event."""
-        self._beginning: bytes | None = None
+        self._finder: IdFinder | None = None
         """Of an answer that the engine keeps, until its id was found."""
         self._sent = 0
         self._before = b""
@@ -98,9 +94,7 @@ class InferenceExchange(Exchange):
 
     def begin(self) -> None:
         if self.request.method not in self._route.methods:
-            path = self.request.path.decode()
-            message = f"{path} does not take {self.request.method.decode()}"
-            self.fail(ApiError(405, message, code="method_not_allowed"))
+            self.fail(not_taken(self.request, self._route.methods))
         elif self.length and self.length > self._limit():
             self.fail(self._too_large())
 
@@ -132,13 +126,31 @@ class InferenceExchange(Exchange):
             self.begin()
             return
         try:
-            model, self._stream, self._request, self._target = self._route.aim(self.request, body, config, gate.kept())
+            aim = self._route.aim(self.request, body, config, gate.kept())
+        except UnknownAnswerError as error:
+            self._task = self._shared.loop.create_task(self._seek(error.answer, body))
         except ApiError as error:
             self.fail(error)
-            return
+        else:
+            self._forward(aim, body)
+
+    async def _seek(self, answer: str, body: bytes) -> None:
+        """Another process may be about to tell us whose the answer is."""
+        kept = self._shared.gate.kept()
+        await kept.turn_up(answer)
+        try:
+            aim = self._route.aim(self.request, body, self._shared.gate.config, kept)
+        except ApiError as error:
+            self.fail(error)
+        else:
+            self._forward(aim, body)
+
+    def _forward(self, aim: Aim, body: bytes) -> None:
+        gate = self._shared.gate
+        model, self._stream, self._request, self._target = aim
         self._model, self._body_in = model, body
         if self._route.answers_are_kept:
-            self._beginning = b""
+            self._finder = IdFinder()
         self._begun = self._shared.loop.time()
         if self.client.leave():
             return
@@ -289,6 +301,8 @@ class InferenceExchange(Exchange):
     # The answer.
 
     def head_for(self, head: ResponseHead, length: int | None) -> bytes:
+        if head.status != 200 and head.field(b"location") and self._connections is not None:
+            head.lines = self._route.lines(self.request, self._target, self._connections.host, head)
         if not self.started:
             # Where a length is promised, nothing can be added.
             self._events = length is None and head.field(b"content-type")[: len(_EVENTS)].lower() == _EVENTS
@@ -307,8 +321,8 @@ class InferenceExchange(Exchange):
     def _note(self, piece: bytes) -> None:
         """Keep the end of the answer, bounded: it may tell how many tokens there were."""
         size = len(piece)
-        if self._beginning is not None:
-            self._find_id(piece)
+        if self._finder is not None:
+            self._find_id(self._finder, piece)
         self._sent += size
         if size < _SHORT_BYTES:  # such as `[DONE]`
             self._tail = self._tail[-USAGE_TAIL_BYTES:] + piece
@@ -316,16 +330,13 @@ class InferenceExchange(Exchange):
             self._before = self._tail
             self._tail = piece if size < USAGE_TAIL_BYTES else piece[-USAGE_TAIL_BYTES:]
 
-    def _find_id(self, piece: bytes) -> None:
+    def _find_id(self, finder: IdFinder, piece: bytes) -> None:
         """Remember whose the answer is: clients ask for it by its id."""
-        assert self._beginning is not None
-        assert self._model is not None
-        self._beginning += piece
-        found = _ANSWER_ID.search(self._beginning)
-        if found is not None:
-            self._shared.gate.keep(found[1].decode("ascii", "replace"), self._model.name)
-        if found is not None or len(self._beginning) > _ID_WITHIN_BYTES:
-            self._beginning = None
+        answer = finder.feed(piece)
+        if answer is not None and self._model is not None:
+            self._shared.gate.kept().add(answer, self._model.name)
+        if finder.over:
+            self._finder = None
 
     def unanswered(self, error: Exception | None) -> None:
         connection = self.upstream
@@ -342,7 +353,7 @@ class InferenceExchange(Exchange):
             super().fail(error)
             return
         self.status = error.status
-        event = error.event()
+        event = error.event(self.request.path)
         self.client.write(chunk(event) + last_chunk if self._chunked else event)
         self._finish(aborted=True)
 
