@@ -127,8 +127,8 @@ class InferenceExchange(Exchange):
             return
         try:
             aim = self._route.aim(self.request, body, config, gate.kept())
-        except UnknownAnswerError as error:
-            self._task = self._shared.loop.create_task(self._seek(error.answer, body))
+        except UnknownAnswerError as unknown:  # by another name than below: to mypyc one name has one type
+            self._task = self._shared.loop.create_task(self._seek(unknown.answer, body))
         except ApiError as error:
             self.fail(error)
         else:
