@@ -31,6 +31,8 @@ _STATUS: Mapping[Refusal, int] = {
     Refusal.WAITED_TOO_LONG: 504,
 }
 
+_NAME_MAX = 200
+
 _ANTHROPIC = rb"/v1/messages(/count_tokens)?$"
 _ANTHROPIC_KINDS: Mapping[int, str] = {
     401: "authentication_error",
@@ -122,6 +124,8 @@ def refused(refusal: Refuse) -> ApiError:
 def no_such_model(name: str, config: Config) -> ApiError:
     """404, with the nearest name that does exist."""
     names = [*config.models, *(other for model in config.models.values() for other in (*model.aliases, *model.lora))]
+    if len(name) > _NAME_MAX:  # nobody's name: to look for its nearest would take seconds
+        name = f"{name[:_NAME_MAX]}..."
     near = get_close_matches(name, names, n=1, cutoff=0.5)
     hint = f"; did you mean {near[0]!r}?" if near else "; GET /v1/models lists those that do"
     return ApiError(404, f"the model {name!r} does not exist{hint}", code="model_not_found", param="model")

@@ -1,6 +1,7 @@
 """Which model a request is for, and what its engine is asked: every kind of route, without a connection."""
 
 import json
+import time
 from collections.abc import Mapping
 from types import MappingProxyType
 
@@ -137,6 +138,14 @@ def test_a_model_that_there_is_not_has_a_nearest_name() -> None:
         error = refused("POST", "/v1/completions", json.dumps({"model": name}).encode())
         assert (error.status, error.code) == (404, "model_not_found")
         assert f"did you mean {near!r}?" in error.message
+
+
+def test_a_name_of_megabytes_is_nobodys_and_takes_no_time() -> None:
+    begun = time.monotonic()
+    error = refused("POST", "/v1/completions", b'{"model": "%b"}' % (b"org/model " * 1_000_000))
+    assert time.monotonic() - begun < 1
+    assert error.status == 404
+    assert len(error.message) < 400
 
 
 # Filters.
