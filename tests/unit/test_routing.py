@@ -4,6 +4,7 @@ import json
 import time
 from collections.abc import Mapping
 from types import MappingProxyType
+from typing import NamedTuple
 
 import pytest
 
@@ -11,7 +12,7 @@ from mmd.config import Config, EngineKind, Filters, Model
 from mmd.gateway.api_error import ApiError
 from mmd.gateway.relay.head import RequestHead, RequestParser, ResponseParser
 from mmd.gateway.relay.kept import KEPT_MAX, IdFinder, KeptAnswers
-from mmd.gateway.relay.routing import ROUTES, Aim, find_route
+from mmd.gateway.relay.routing import ROUTES, find_route
 
 ORG = Model(
     "org/model", "org", EngineKind.VLLM, aliases=("short", "alias/of/it"), lora={"sql": "/srv/sql", "org/xml": "/srv/x"}
@@ -41,6 +42,13 @@ BY_QUERY = [b"/props", b"/v1/audio/voices", b"/v1/realtime"]
 BY_BODY = sorted(ROUTES.keys() - {*BY_FORM, *BY_QUERY})
 
 
+class Aim(NamedTuple):
+    model: Model
+    stream: bool
+    body: bytes
+    target: bytes
+
+
 def head_of(method: str, target: str, more: str = "") -> RequestHead:
     parser = RequestParser()
     data = f"{method} {target} HTTP/1.1\r\nHost: x\r\n{more}\r\n".encode("latin-1")
@@ -55,7 +63,7 @@ def aim(method: str, target: str, body: bytes = b"", *, kept: Mapping[str, str] 
     assert head.method in route.methods
     answers = KeptAnswers()
     answers.inherit(kept.items())
-    return route.aim(head, body, CONFIG, answers)
+    return Aim(*route.aim(head, body, CONFIG, answers))
 
 
 def refused(method: str, target: str, body: bytes = b"", *, more: str = "") -> ApiError:
@@ -146,6 +154,19 @@ def test_a_name_of_megabytes_is_nobodys_and_takes_no_time() -> None:
     assert time.monotonic() - begun < 1
     assert error.status == 404
     assert len(error.message) < 400
+
+
+def test_a_changed_configuration_counts_from_the_next_request_on() -> None:
+    head, kept = head_of("POST", "/v1/completions"), KeptAnswers()
+    body = b'{"model": "org", "stop": 1}'
+    route = ROUTES[head.path]
+    assert route.aim(head, body, CONFIG, kept) == (PLAIN, False, body, head.target)
+    changed = PLAIN._replace(filters=Filters(strip=("stop",)))
+    found = route.aim(head, body, Config(models={"org": changed}), kept)
+    assert found == (changed, False, b'{"model":"org"}', head.target)
+    with pytest.raises(ApiError):
+        route.aim(head, body, Config(), kept)
+    assert route.aim(head, body, CONFIG, kept) == (PLAIN, False, body, head.target)
 
 
 # Filters.

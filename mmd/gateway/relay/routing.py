@@ -7,7 +7,7 @@ any path, under /upstream.
 """
 
 import re
-from typing import Final, NamedTuple
+from typing import Final
 from urllib.parse import unquote
 
 from mmd.config import Config, EngineKind, Model
@@ -32,14 +32,11 @@ _TRUE: Final = frozenset((b"true", b"1", b"yes", b"on", b"t", b"y"))
 """In forms, as pydantic reads them."""
 
 
-class Aim(NamedTuple):
-    """Where a request goes, and as what."""
+Aim = tuple[Model, bool, bytes, bytes]
+"""Where a request goes, and as what: the model, whether an event stream is asked for, body and target as its engine gets them.
 
-    model: Model
-    stream: bool
-    """An event stream is asked for."""
-    body: bytes
-    target: bytes
+A plain tuple, which compiled code takes apart without making it: every request has one.
+"""
 
 
 class UnknownAnswerError(ApiError):
@@ -89,7 +86,7 @@ class Route:
 
     def aim_at(self, model: Model, request: RequestHead, body: bytes, target: bytes) -> Aim:
         """The same request, for `model`, of which the path has told: what it says of a model itself is no matter."""
-        return Aim(model, stream=False, body=body, target=target)
+        return model, False, body, target
 
     def lines(self, request: RequestHead, target: bytes, host: bytes, head: ResponseHead) -> bytes:
         """The lines of an answer's head that tells of another place; `target`, `host`: what the engine was asked for."""
@@ -99,19 +96,28 @@ class Route:
 class ByBody(Route):
     """By `model` in a JSON document. It gets the model's own name, and the model's filters are applied to it."""
 
+    def __init__(self, *, answers_are_kept: bool = False) -> None:
+        super().__init__(answers_are_kept=answers_are_kept)
+        self._config: Config | None = None
+        self._as_it_is: dict[str, Model] = {}
+        """In that configuration: models whose documents pass as they are, by the names that they may have in these."""
+
     def aim(self, request: RequestHead, body: bytes, config: Config, kept: KeptAnswers) -> Aim:
         found = find_names(body)
-        model = _named(found.model, config)
-        name = str(found.model)
-        at_engine = _name_at_engine(model, name)
-        filters = model.filters
-        stream = found.stream is True
-        if filters.strip or filters.set:
-            body = rewrite(body, at_engine, filters)
-            stream = filters.set.get("stream", stream and "stream" not in filters.strip) is True
-        elif name != at_engine:
-            body = rewrite(body, at_engine, filters)
-        return Aim(model, stream, body, request.target)
+        name = found.model
+        if config is not self._config:
+            self._learn(config)
+        model = self._as_it_is.get(name) if isinstance(name, str) else None
+        if model is not None:
+            return model, found.stream is True, body, request.target
+        return self.aim_at(_named(name, config), request, body, request.target)
+
+    def _learn(self, config: Config) -> None:
+        self._config, self._as_it_is = config, {}
+        for model in config.models.values():
+            if not (model.filters.strip or model.filters.set):
+                names = (model.name, *model.lora)
+                self._as_it_is.update((name, model) for name in names if name == _name_at_engine(model, name))
 
     def aim_at(self, model: Model, request: RequestHead, body: bytes, target: bytes) -> Aim:
         found = find_names(body)
@@ -119,7 +125,7 @@ class ByBody(Route):
         if found.model != at_engine or model.filters.strip or model.filters.set:
             body = rewrite(body, at_engine, model.filters)
             found = find_names(body)
-        return Aim(model, found.stream is True, body, target)
+        return model, found.stream is True, body, target
 
 
 class ByForm(Route):
@@ -129,14 +135,14 @@ class ByForm(Route):
         (start, end), stream = _form(request, body)
         name = body[start:end].decode("utf-8", "replace")
         model = _named(name, config)
-        return Aim(model, stream, _spliced(body, start, end, name, _name_at_engine(model, name)), request.target)
+        return model, stream, _spliced(body, start, end, name, _name_at_engine(model, name)), request.target
 
     def aim_at(self, model: Model, request: RequestHead, body: bytes, target: bytes) -> Aim:
         (start, end), stream = _form(request, body)
         name = body[start:end].decode("utf-8", "replace")
         if start:  # otherwise there is no model in it, and the engine takes its own
             body = _spliced(body, start, end, name, _name_at_engine(model, name))
-        return Aim(model, stream, body, target)
+        return model, stream, body, target
 
 
 def _form(request: RequestHead, body: bytes) -> tuple[Span, bool]:
@@ -175,7 +181,7 @@ class ByQuery(Route):
         if name not in ("", at_engine):
             path, _, parameters = target.partition(b"?")
             target = path + b"?" + query.rename(parameters, at_engine)
-        return Aim(model, stream=False, body=body, target=target)
+        return model, False, body, target
 
 
 class ByMethod(Route):
@@ -223,7 +229,7 @@ class ByPath(Route):
             path, question, parameters = request.target.partition(b"?")
             place = (path + b"/" + question + parameters).decode("latin-1")
             raise ApiError(307, f"{model.name} is at {place}", code="moved", fields={"Location": place})
-        return Aim(model, stream=False, body=body, target=target)
+        return model, False, body, target
 
     def lines(self, request: RequestHead, target: bytes, host: bytes, head: ResponseHead) -> bytes:
         return relocate(head, host, request.path.removesuffix(target.partition(b"?")[0]))
@@ -250,7 +256,7 @@ class ById(Route):
 
     def aim_at(self, model: Model, request: RequestHead, body: bytes, target: bytes) -> Aim:
         stream = query.find(target.partition(b"?")[2], "stream").lower().encode() in _TRUE
-        return Aim(model, stream, body, target)
+        return model, stream, body, target
 
 
 def _permitted(model: Model, request: RequestHead, target: bytes) -> Route:
