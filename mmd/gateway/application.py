@@ -63,27 +63,31 @@ async def _answer_errors(request: web.Request, handler: _Handler) -> web.StreamR
     try:
         return await handler(request)
     except ApiError as error:
-        return _response(error)
+        return _response(request, error)
     except web.HTTPException as error:
         if error.status < 400:
             raise
-        return _response(_plain(request, error))
+        return _response(request, _plain(request, error))
     except MmdError as error:
-        return _response(ApiError(500, str(error), code="failed"))
+        return _response(request, ApiError(500, str(error), code="failed"))
     except (ConnectionError, TimeoutError):
         raise
     except Exception:
         _log.exception("%s %s failed", request.method, request.path)
-        return _response(ApiError(500, "internal error; see journalctl -u mmd-gateway", code="internal_error"))
+        return _response(request, ApiError(500, "internal error; see journalctl -u mmd-gateway", code="internal_error"))
 
 
-def _response(error: ApiError) -> web.Response:
-    return web.json_response(error.body(), status=error.status, headers=error.headers())
+def _response(request: web.Request, error: ApiError) -> web.Response:
+    content = error.content(request.rel_url.raw_path.encode())
+    return web.Response(
+        body=content, status=error.status, headers=error.headers(), content_type="application/json", charset="utf-8"
+    )
 
 
 def _plain(request: web.Request, error: web.HTTPException) -> ApiError:
     if error.status == 404:
         return ApiError(404, f"there is no {request.method} {request.path}", code="not_found")
     if error.status == 405:
-        return ApiError(405, f"{request.path} does not take {request.method}", code="method_not_allowed")
+        allowed = {"Allow": error.headers["Allow"]}
+        return ApiError(405, f"{request.path} does not take {request.method}", code="method_not_allowed", fields=allowed)
     return ApiError(error.status, error.text or error.reason, code="bad_request")

@@ -15,6 +15,7 @@ from aiohttp import web
 from mmd.config import AdminAuth, Config, EngineKind
 from mmd.errors import MmdError
 from mmd.gateway.admin import AdminApi
+from mmd.gateway.answer_book import AnswerBook
 from mmd.gateway.api_error import ApiError
 from mmd.gateway.application import ApplicationServer
 from mmd.gateway.dispatcher import Dispatcher
@@ -70,7 +71,10 @@ class Daemon:
             scope, systemd, self._memory, sleepers, lambda unit: self.dispatcher.scheduler.state.model_of(unit)
         )
         self._book = LessonBook(state_dir / "lessons.sqlite")
+        self._answers = AnswerBook(state_dir / "answers.sqlite")
         self.dispatcher = Dispatcher(lifecycle, systemd, self._book)
+        self.dispatcher.kept().inherit(self._answers.load())
+        self.dispatcher.kept().told = self._answers.note
         self._gauges = Gauges(lambda name: self.dispatcher.scheduler.state.stand(name), self.dispatcher.post)
         self.inference = Inference(self.dispatcher)
         self._guests = Guests(self.dispatcher, self._servers)
@@ -214,6 +218,7 @@ class Daemon:
         await self.dispatcher.lifecycle.close()
         await self._memory.close()
         await self._systemd.close()
+        self._answers.close()
         self._book.close()
 
 

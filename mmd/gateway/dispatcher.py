@@ -10,7 +10,7 @@ from collections.abc import Coroutine, Mapping
 from itertools import count
 from typing import Any, Protocol
 
-from mmd.config import Config, Model
+from mmd.config import Config, EngineKind, Model
 from mmd.errors import MmdError
 from mmd.gateway.api_error import ApiError, refused
 from mmd.gateway.lesson_book import LessonBook
@@ -79,7 +79,7 @@ class Dispatcher(Gate):
         self.outcomes: dict[UnitName, Outcome] = {}
         """The last finished action on each unit."""
         self._lender: Lender | None = None
-        self.kept_answers = KeptAnswers()
+        self._kept = KeptAnswers(self._runs)
         self._systemd = systemd
         self._book = book
         self._written: dict[str, Lesson] = {}
@@ -126,6 +126,7 @@ class Dispatcher(Gate):
     def lend_to(self, lender: Lender) -> None:
         """There are workers: lend them what may be lent."""
         self._lender = lender
+        self._kept.others += 1
         self.post(Staffed())
 
     def survey(self) -> None:
@@ -157,11 +158,15 @@ class Dispatcher(Gate):
     def connections(self, endpoint: str) -> EngineConnections:
         return self.lifecycle.engines.connections(endpoint)
 
-    def kept(self) -> Mapping[str, str]:
-        return self.kept_answers.models
+    def kept(self) -> KeptAnswers:
+        return self._kept
 
-    def keep(self, answer: str, model: str) -> None:
-        self.kept_answers.add(answer, model)
+    def _runs(self, name: str) -> bool:
+        """Whether the engine of a model is there, awake or asleep."""
+        model, state = self.config.models.get(name), self.scheduler.state
+        if model is None or model.engine is EngineKind.EXTERNAL:
+            return model is not None
+        return any(instance.phase in (Phase.READY, Phase.SLEEPING) for instance in state.instances_of(model))
 
     def progress(self, request: int, model: Model) -> str:
         """What a request waits for."""

@@ -20,7 +20,7 @@ from contextlib import suppress
 import msgspec
 
 from mmd.errors import MmdError
-from mmd.gateway.channel import Channel, connection_of
+from mmd.gateway.channel import Channel, connection_of, from_memory, in_memory
 from mmd.systemd.activation import ListenSocket
 
 __all__ = ["Client", "Predecessor", "Successor", "Taken", "UnitTaken"]
@@ -62,6 +62,17 @@ class InFlight(msgspec.Struct, frozen=True, tag=True):
     count: int
 
 
+class Kept(msgspec.Struct, frozen=True, tag=True):
+    """Engines keep these answers: ids and models. Descriptor: of a memory file with the list as JSON."""
+
+
+class KeptLate(msgspec.Struct, frozen=True, tag=True):
+    """So does the engine of `model` the answer to a request that the predecessor still serves."""
+
+    answer: str
+    model: str
+
+
 class Client(msgspec.Struct, frozen=True, tag=True):
     """A client's connection, see Channel.send_connection."""
 
@@ -76,7 +87,9 @@ class Elder(msgspec.Struct, frozen=True, tag=True):
     in_flight: dict[str, int]
 
 
-_ToSuccessor = Sockets | Taken | InFlight | Client | Elder
+_ToSuccessor = Sockets | Taken | Kept | KeptLate | InFlight | Client | Elder
+
+_decode_kept = msgspec.json.Decoder(list[tuple[str, str]]).decode
 
 
 class Successor:
@@ -119,6 +132,15 @@ class Successor:
         assert self._channel is not None
         self._channel.send(Taken(dict(units)))
 
+    def keep(self, answers: list[tuple[str, str]]) -> None:
+        """Let it know which engines keep which answers."""
+        assert self._channel is not None
+        self._channel.send(Kept(), in_memory(msgspec.json.encode(answers)))
+
+    def keep_late(self, answer: str, model: str) -> None:
+        assert self._channel is not None
+        self._channel.send(KeptLate(answer, model))
+
     def elder(self, in_flight: Mapping[str, int], end: socket.socket) -> None:
         """Let it hear from a predecessor of ours, by the end of its channel."""
         assert self._channel is not None
@@ -160,6 +182,8 @@ class Predecessor:
         self.taken: asyncio.Future[Taken] = asyncio.get_running_loop().create_future()
         self.on_client: Callable[[Client, socket.socket, bytes], None] | None = None
         self.on_count: Callable[[Predecessor, str, int], None] | None = None
+        self.on_kept: Callable[[list[tuple[str, str]]], None] | None = None
+        self.on_kept_late: Callable[[str, str], None] | None = None
         self.on_elder: Callable[[Predecessor, Mapping[str, int]], None] | None = None
         self.on_end: Callable[[Predecessor], None] | None = None
         self._channel = Channel(end, _ToSuccessor, self._hear, self._ended)
@@ -178,6 +202,12 @@ class Predecessor:
                 self.sockets.set_result(tuple(ListenSocket(name, each) for name, each in zip(names, made, strict=True)))
             case Taken():
                 self.taken.set_result(message)
+            case Kept():
+                answers = _decode_kept(from_memory(fds[0]))
+                if self.on_kept is not None:
+                    self.on_kept(answers)
+            case KeptLate(answer, model) if self.on_kept_late is not None:
+                self.on_kept_late(answer, model)
             case InFlight(unit, count) if self.on_count is not None:
                 self.on_count(self, unit, count)
             case Client():

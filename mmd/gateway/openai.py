@@ -29,24 +29,26 @@ class OpenAiApi:
         return web.json_response({"status": "ok"})
 
     async def list_models(self, _: web.Request) -> web.Response:
-        models = [self._model_object(model) for model in self._dispatcher.config.models.values()]
-        return web.json_response({"object": "list", "data": models})
+        models = self._dispatcher.config.models.values()
+        names = ((model, name) for model in models for name in (model.name, *model.lora))
+        return web.json_response({"object": "list", "data": [self._model_object(model, name) for model, name in names]})
 
     async def get_model(self, request: web.Request) -> web.Response:
         name, config = request.match_info["name"], self._dispatcher.config
         model = config.resolve(name)
         if model is None:
             raise no_such_model(name, config)
-        return web.json_response(self._model_object(model))
+        return web.json_response(self._model_object(model, name if name in model.lora else model.name))
 
-    def _model_object(self, model: Model) -> dict[str, object]:
-        """OpenAI's fields, and what else a client may want to show."""
+    def _model_object(self, model: Model, name: str) -> dict[str, object]:
+        """OpenAI's fields, vLLM's `parent` (whose adapter it is), and what else a client may want to show."""
         return {
-            "id": model.name,
+            "id": name,
             "object": "model",
             "created": self._since,
             "owned_by": "mmd",
-            "aliases": list(model.aliases),
+            "parent": model.name if name in model.lora else None,
+            "aliases": [] if name in model.lora else list(model.aliases),
             "description": model.description,
             "state": model_state(self._dispatcher.scheduler.state, model).value,
         }

@@ -45,6 +45,9 @@ class Guests:
         self.none.clear()
         predecessor.on_client = self._take_client
         predecessor.on_count = self._count
+        predecessor.on_kept = self._dispatcher.kept().inherit
+        predecessor.on_kept_late = self._dispatcher.kept().add
+        self._dispatcher.kept().others += 1
         predecessor.on_elder = self._take_elder
         predecessor.on_end = self._leave
 
@@ -73,6 +76,8 @@ class Guests:
             self._dispatcher.forgo(requests.pop())
 
     def _leave(self, predecessor: Predecessor) -> None:
+        if predecessor in self._requests:
+            self._dispatcher.kept().others -= 1
         for requests in self._requests.pop(predecessor, {}).values():
             for request in requests:
                 self._dispatcher.forgo(request)
@@ -126,6 +131,8 @@ async def relieve(
         return False
     announce(process_id)
     known = _known(dispatcher, guests.ids())
+    successor.keep(dispatcher.kept().all())
+    dispatcher.kept().told = successor.keep_late
     successor.take(known)
     theirs = guests.ids()
     guests.move_to(successor)

@@ -228,28 +228,26 @@ async def gateway(
     workers: int | None = None,
     concurrency: int = 0,
     queue_limit: int | None = None,
+    models: tuple[Model, ...] = (),
 ) -> AsyncIterator[Running]:
     """A gateway with one CPU model per endpoint; `ready`: whether they are, or which of them; `workers`: processes that relay
-    instead of this one, if any."""
+    instead of this one, if any.
+
+    `models`: these instead, with endpoints by unit id.
+    """
     workers = default_workers if workers is None else workers
-    models = {
-        name: Model(
-            name,
-            name,
-            EngineKind.SIM,
-            gpus=0,
-            aliases=(f"alias-of-{name}",),
-            concurrency=concurrency,
-            queue_limit=queue_limit,
+    if not models:
+        limits = {"concurrency": concurrency, "queue_limit": queue_limit}
+        models = tuple(
+            Model(name, name, EngineKind.SIM, gpus=0, aliases=(f"alias-of-{name}",), **limits)  # type: ignore[arg-type]
+            for name in endpoints
         )
-        for name in endpoints
-    }
     lifecycle = StaticLifecycle(endpoints)
     book = LessonBook(Path(":memory:"))
     dispatcher = Dispatcher(lifecycle, cast("Systemd", None), book)
-    config = Config(gateway=settings or Gateway(), models=models)
+    config = Config(gateway=settings or Gateway(), models={model.name: model for model in models})
     dispatcher.reconfigure(config, {}, 1 << 40)
-    for name in (models if ready else ()) if isinstance(ready, bool) else ready:
+    for name in (endpoints if ready else ()) if isinstance(ready, bool) else ready:
         dispatcher.post(Observed(UnitName(name, CPU), Phase.READY))
     inference = Inference(dispatcher)
     with socket.create_server(("127.0.0.1", 0)) as listening:

@@ -41,9 +41,17 @@ def rewrite(body: bytes, model: str, filters: Filters) -> bytes:
     try:
         fields = decode_fields(body)
     except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
-        payload = {key: value for key, value in _load(body).items() if key not in filters.strip}
-        return json.dumps({**payload, **changes}).encode()
+        return _rewrite(body, changes, filters)
     for key in filters.strip:
         fields.pop(key, None)
     fields.update({key: raw(encode(value)) for key, value in changes.items()})
     return encode(fields)
+
+
+def _rewrite(body: bytes, changes: dict[str, object], filters: Filters) -> bytes:
+    """What msgspec does not take goes through json, which writes its numbers in its own way."""
+    payload = {key: value for key, value in _load(body).items() if key not in filters.strip}
+    try:
+        return json.dumps({**payload, **changes}).encode()
+    except RecursionError as error:
+        raise ApiError(400, f"the body is nested too deeply: {error}", code="invalid_json") from error

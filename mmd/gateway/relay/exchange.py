@@ -39,9 +39,9 @@ def date_line() -> bytes:
     return b"Date: %b\r\n" % formatdate(usegmt=True).encode()
 
 
-def error_lines(error: ApiError) -> tuple[bytes, bytes, bytes]:
-    """An error as the lines of its head, the one that frames it, and its content."""
-    fields, content = error_content(error)
+def error_lines(error: ApiError, path: bytes = b"") -> tuple[bytes, bytes, bytes]:
+    """An error as the lines of its head, the one that frames it, and its content, for a client that asked for `path`."""
+    fields, content = error_content(error, path)
     lines = head_lines(error.status, HTTPStatus(error.status).phrase.encode(), fields) + date_line()
     return lines, b"Content-Length: %d\r\n" % len(content), content
 
@@ -223,7 +223,7 @@ class Exchange:
             self.client.abort()
         else:
             self.started = True
-            lines, framing, content = error_lines(error)
+            lines, framing, content = error_lines(error, self.request.path)
             head = self.client.head(lines, framing)
             self.client.write(head if self.request.method == b"HEAD" else head + content)
         self._finish(aborted=True)
@@ -277,7 +277,7 @@ class Exchange:
             self._parser = parser
             return None
         self._parser = None
-        if first:
+        if first and not parser.head.field(b"location"):  # which may have to be written anew, see Route.lines
             _known.learn(parser.head, data[:end])
         return parser.head, parser.head.length, end
 

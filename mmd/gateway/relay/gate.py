@@ -1,9 +1,8 @@
 """What the relay asks of whoever decides about requests: the dispatcher in its own process, or one in another."""
 
-from collections.abc import Mapping
-
 from mmd.config import Config, Model
 from mmd.gateway.relay.engine import EngineConnections
+from mmd.gateway.relay.kept import KeptAnswers
 from mmd.names import UnitName
 
 __all__ = ["Gate", "Place"]
@@ -63,10 +62,6 @@ class Gate:
     def connections(self, endpoint: str) -> EngineConnections:
         raise NotImplementedError
 
-    def kept(self) -> Mapping[str, str]:
-        """Ids of answers that engines keep, and the names of their models; a worker knows none."""
-        raise NotImplementedError
-
-    def keep(self, answer: str, model: str) -> None:
-        """An engine keeps an answer by this id."""
+    def kept(self) -> KeptAnswers:
+        """Whose the answers are that engines keep. A worker knows none, and tells of those that are added to them."""
         raise NotImplementedError

@@ -6,7 +6,6 @@ others wait for admission and connect in a task, see mmd.gateway.relay.waiting.
 
 import asyncio
 import logging
-import re
 from typing import TYPE_CHECKING
 
 from mmd.config import EngineKind
@@ -16,7 +15,8 @@ from mmd.gateway.relay.engine import EngineConnection, EngineConnections
 from mmd.gateway.relay.framing import chunk, last_chunk
 from mmd.gateway.relay.gate import Gate
 from mmd.gateway.relay.head import RequestHead, ResponseHead
-from mmd.gateway.relay.routing import Route
+from mmd.gateway.relay.kept import IdFinder
+from mmd.gateway.relay.routing import Aim, Route, UnknownAnswerError, not_taken
 from mmd.gateway.relay.waiting import EVENTS, WaitingExchange, wait_of
 from mmd.gateway.workers import worker_count
 from mmd.quantity import format_size
@@ -38,10 +38,6 @@ _ERROR_MAX_BYTES = 64 << 10
 _WITH_BODY = frozenset((b"POST", b"PUT", b"PATCH"))
 
 _SHORT_BYTES = 64
-
-# As OpenAI and vLLM make them, at the beginning of an answer to /v1/responses, or of its first event.
-_ANSWER_ID = re.compile(rb'"id"\s*:\s*"(resp_[^"\\]{1,120})"')
-_ID_WITHIN_BYTES = 16 << 10
 
 
 # So much is never too much. Most processes hold no more, and need not look.
@@ -99,7 +95,7 @@ class InferenceExchange(WaitingExchange):
         self._retried = False
         self._error: bytearray | None = None
         """The engine's error, while it is collected to become an event."""
-        self._beginning: bytes | None = None
+        self._finder: IdFinder | None = None
         """Of an answer that the engine keeps, until its id was found."""
         self._sent = 0
         self._before = b""
@@ -109,9 +105,7 @@ class InferenceExchange(WaitingExchange):
 
     def begin(self) -> None:
         if self.request.method not in self._route.methods:
-            path = self.request.path.decode()
-            message = f"{path} does not take {self.request.method.decode()}"
-            self.fail(ApiError(405, message, code="method_not_allowed"))
+            self.fail(not_taken(self.request, self._route.methods))
         elif self.length and self.length > self._limit():
             self.fail(self._too_large())
         elif self.length and not self._shared.has_room(self.length):
@@ -157,15 +151,33 @@ class InferenceExchange(WaitingExchange):
             self.fail(_no_room())
             return
         try:
-            model, self._stream, self._request, self._target = self._route.aim(self.request, body, config, gate.kept())
             if self.request.wait:
                 self._wait_s = wait_of(self.request.wait)
+            aim = self._route.aim(self.request, body, config, gate.kept())
+        except UnknownAnswerError as unknown:  # by another name than below: to mypyc one name has one type
+            self._task = self._shared.loop.create_task(self._seek(unknown.answer, body))
         except ApiError as error:
             self.fail(error)
-            return
+        else:
+            self._forward(aim, body)
+
+    async def _seek(self, answer: str, body: bytes) -> None:
+        """Another process may be about to tell us whose the answer is."""
+        kept = self._shared.gate.kept()
+        await kept.turn_up(answer)
+        try:
+            aim = self._route.aim(self.request, body, self._shared.gate.config, kept)
+        except ApiError as error:
+            self.fail(error)
+        else:
+            self._forward(aim, body)
+
+    def _forward(self, aim: Aim, body: bytes) -> None:
+        gate = self._shared.gate
+        model, self._stream, self._request, self._target = aim
         self._model, self._body_in, self._body_size = model, body, len(self._request)
         if self._route.answers_are_kept:
-            self._beginning = b""
+            self._finder = IdFinder()
         self._begun = self._shared.loop.time()
         if self.client.leave():
             return
@@ -199,13 +211,15 @@ class InferenceExchange(WaitingExchange):
 
     def _send(self, connections: EngineConnections, connection: EngineConnection) -> None:
         request, body = self.request, self._request
-        head = b"%b %b%b HTTP/1.1\r\nHost: %b\r\n%b%b\r\n" % (
+        framed = body or self.length is not None
+        framing = b"Content-Length: " + str(len(body)).encode() + b"\r\n" if framed else self._unframed()
+        head = b"%b %b%b HTTP/1.1\r\nHost: %b\r\n%b%b\r\n" % (  # nothing but %b, which mypyc joins by itself
             request.method,
             connections.prefix,
             self._target,
             connections.host,
             request.engine_lines,
-            b"Content-Length: %d\r\n" % len(body) if body or self.length is not None else self._unframed(),
+            framing,
         )
         self.upstream = connection
         connection.exchange = self
@@ -233,6 +247,8 @@ class InferenceExchange(WaitingExchange):
     def head_for(self, head: ResponseHead, length: int | None) -> bytes:
         self._hold(0)
         self._request = self._body_in = b""  # nobody will need it again, and the answer may take an hour
+        if head.status != 200 and head.field(b"location") and self._connections is not None:
+            head.lines = self._route.lines(self.request, self._target, self._connections.host, head)
         if not self.started:
             # Where a length is promised, nothing can be added.
             self._events = length is None and head.field(b"content-type")[: len(EVENTS)].lower() == EVENTS
@@ -251,8 +267,8 @@ class InferenceExchange(WaitingExchange):
     def _note(self, piece: bytes) -> None:
         """Keep the end of the answer, bounded: it may tell how many tokens there were."""
         size = len(piece)
-        if self._beginning is not None:
-            self._find_id(piece)
+        if self._finder is not None:
+            self._find_id(self._finder, piece)
         self._sent += size
         if size < _SHORT_BYTES:  # such as `[DONE]`
             self._tail = self._tail[-USAGE_TAIL_BYTES:] + piece
@@ -260,16 +276,13 @@ class InferenceExchange(WaitingExchange):
             self._before = self._tail
             self._tail = piece if size < USAGE_TAIL_BYTES else piece[-USAGE_TAIL_BYTES:]
 
-    def _find_id(self, piece: bytes) -> None:
+    def _find_id(self, finder: IdFinder, piece: bytes) -> None:
         """Remember whose the answer is: clients ask for it by its id."""
-        assert self._beginning is not None
-        assert self._model is not None
-        self._beginning += piece
-        found = _ANSWER_ID.search(self._beginning)
-        if found is not None:
-            self._shared.gate.keep(found[1].decode("ascii", "replace"), self._model.name)
-        if found is not None or len(self._beginning) > _ID_WITHIN_BYTES:
-            self._beginning = None
+        answer = finder.feed(piece)
+        if answer is not None and self._model is not None:
+            self._shared.gate.kept().add(answer, self._model.name)
+        if finder.over:
+            self._finder = None
 
     def unanswered(self, error: Exception | None) -> None:
         connection = self.upstream
@@ -286,7 +299,7 @@ class InferenceExchange(WaitingExchange):
             super().fail(error)
             return
         self.status = error.status
-        event = error.event()
+        event = error.event(self.request.path)
         self.client.write(chunk(event) + last_chunk if self._chunked else event)
         self._finish(aborted=True)
 

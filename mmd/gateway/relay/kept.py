@@ -1,25 +1,91 @@
 """Answers that engines keep (/v1/responses), and whose they are: clients ask for them by nothing but their id."""
 
-from collections.abc import Mapping
+import asyncio
+import re
+from collections.abc import Callable, Iterable
 from typing import Final
 
-__all__ = ["KeptAnswers"]
+__all__ = ["KEPT_MAX", "IdFinder", "KeptAnswers"]
 
 # The oldest are forgotten first; so many are half a MiB.
-_MAX: Final = 4096
+KEPT_MAX: Final = 4096
+
+# For how long an unknown answer's id may be on its way from a worker or an earlier gateway, which send it before the client
+# gets to see it: it takes milliseconds.
+_ON_ITS_WAY_S: Final = 0.5
+
+# As OpenAI and vLLM make them, at the beginning of an answer to /v1/responses, or of its first event.
+_ID: Final = re.compile(rb'"id"\s*:\s*"(resp_[^"\\/?]{1,120})"')
+_WITHIN_BYTES: Final = 16 << 10
+
+
+class IdFinder:
+    """Looks for the id in an answer."""
+
+    def __init__(self) -> None:
+        self.over = False
+        """It was found, or is not there."""
+        self._seen = b""
+
+    def feed(self, piece: bytes) -> str | None:
+        """The id, when this piece completes it."""
+        self._seen += piece
+        found = _ID.search(self._seen)
+        self.over = found is not None or len(self._seen) > _WITHIN_BYTES
+        return None if found is None else found[1].decode("ascii", "replace")
+
+
+def _always(_: str) -> bool:
+    return True
+
+
+def _nobody(_: str, __: str) -> None:
+    pass
 
 
 class KeptAnswers:
-    def __init__(self) -> None:
-        self._models: dict[str, str] = {}
+    """Models by the ids of their answers, `KEPT_MAX` of them."""
 
-    @property
-    def models(self) -> Mapping[str, str]:
-        """The names of their models by the ids of the answers, the oldest first."""
-        return self._models
+    def __init__(self, present: Callable[[str], bool] = _always) -> None:
+        """`present`: whether an engine of this model runs, awake or asleep. What another one had kept is gone."""
+        self._present = present
+        self._models: dict[str, str] = {}
+        self._expected: dict[str, asyncio.Future[None]] = {}
+        self.told: Callable[[str, str], None] = _nobody
+        """Hears of every answer that is added, and its model."""
+        self.others = 0
+        """Processes that may have seen an answer of which we have not heard yet."""
+
+    def find(self, answer: str) -> str | None:
+        """The name of its model."""
+        model = self._models.get(answer)
+        return model if model is not None and self._present(model) else None
+
+    def all(self) -> list[tuple[str, str]]:
+        """The ids and their models, the oldest first."""
+        return list(self._models.items())
+
+    def inherit(self, answers: Iterable[tuple[str, str]]) -> None:
+        """Those that are known already to whom it may concern."""
+        for answer, model in answers:
+            self._models.pop(answer, None)
+            self._models[answer] = model
+            expected = self._expected.pop(answer, None)
+            if expected is not None and not expected.done():
+                expected.set_result(None)
+        while len(self._models) > KEPT_MAX:
+            del self._models[next(iter(self._models))]
 
     def add(self, answer: str, model: str) -> None:
-        self._models.pop(answer, None)
-        self._models[answer] = model
-        if len(self._models) > _MAX:
-            del self._models[next(iter(self._models))]
+        self.inherit(((answer, model),))
+        self.told(answer, model)
+
+    async def turn_up(self, answer: str) -> None:
+        """Wait for an answer that somebody else may be telling us of."""
+        if self.others and answer not in self._models:
+            expected = self._expected.setdefault(answer, asyncio.get_running_loop().create_future())
+            try:
+                await asyncio.wait((expected,), timeout=_ON_ITS_WAY_S)
+            finally:
+                if self._expected.get(answer) is expected:
+                    del self._expected[answer]

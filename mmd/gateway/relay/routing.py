@@ -7,34 +7,44 @@ any path, under /upstream.
 """
 
 import re
-from collections.abc import Mapping
-from typing import Final, NamedTuple
-from urllib.parse import parse_qsl, quote, unquote, urlencode
+from typing import Final
+from urllib.parse import unquote
 
 from mmd.config import Config, EngineKind, Model
 from mmd.gateway.api_error import ApiError, no_such_model
+from mmd.gateway.relay import query
 from mmd.gateway.relay.document import find_names, rewrite
-from mmd.gateway.relay.form import FormError, find_fields
-from mmd.gateway.relay.head import RequestHead
+from mmd.gateway.relay.form import FormError, Span, find_fields
+from mmd.gateway.relay.head import RequestHead, ResponseHead
+from mmd.gateway.relay.kept import KeptAnswers
+from mmd.gateway.relay.location import relocate
 
-__all__ = ["ROUTES", "Aim", "Route", "find_route"]
+__all__ = ["ROUTES", "Aim", "Route", "UnknownAnswerError", "find_route", "not_taken"]
 
 _POST: Final = frozenset((b"POST",))
 _GET: Final = frozenset((b"GET", b"HEAD"))
 _UPSTREAM: Final = b"/upstream/"
 _RESPONSES: Final = b"/v1/responses/"
-_KEPT_ANSWER: Final = re.compile(rb"/v1/responses/[A-Za-z0-9_-]+(?:/cancel|/input_items)?")
-_ACTIONS: Final = frozenset({("", b"GET"), ("", b"HEAD"), ("", b"DELETE"), ("cancel", b"POST"), ("input_items", b"GET")})
+_ANSWER: Final = re.compile(rb"/v1/responses/[A-Za-z0-9_-]+(?:/([a-z_]+))?")
+_ACTIONS: Final[dict[str, frozenset[bytes]]] = {"": _GET | {b"DELETE"}, "cancel": _POST, "input_items": _GET}
+"""What may be done with an answer that an engine keeps: what follows its id, and by which methods."""
+_TRUE: Final = frozenset((b"true", b"1", b"yes", b"on", b"t", b"y"))
+"""In forms, as pydantic reads them."""
 
 
-class Aim(NamedTuple):
-    """Where a request goes, and as what."""
+Aim = tuple[Model, bool, bytes, bytes]
+"""Where a request goes, and as what: the model, whether an event stream is asked for, body and target as its engine gets them.
 
-    model: Model
-    stream: bool
-    """An event stream is asked for."""
-    body: bytes
-    target: bytes
+A plain tuple, which compiled code takes apart without making it: every request has one.
+"""
+
+
+class UnknownAnswerError(ApiError):
+    """No engine here keeps an answer by that id, as far as this process knows."""
+
+    def __init__(self, answer: str) -> None:
+        super().__init__(404, f"there is no response {answer!r} here, or not any more", code="not_found")
+        self.answer = answer
 
 
 def _named(name: object, config: Config) -> Model:
@@ -53,6 +63,13 @@ def _name_at_engine(model: Model, name: str) -> str:
     return model.model if model.engine is EngineKind.EXTERNAL else model.name
 
 
+def not_taken(request: RequestHead, methods: frozenset[bytes]) -> ApiError:
+    """405, with those that are taken."""
+    path, method = request.path.decode("ascii", "replace"), request.method.decode()
+    allowed = ", ".join(sorted(each.decode() for each in methods))
+    return ApiError(405, f"{path} does not take {method}", code="method_not_allowed", fields={"Allow": allowed})
+
+
 class Route:
     """How to tell the model of a request."""
 
@@ -63,55 +80,126 @@ class Route:
         self.for_workers = True
         """Whether any process can tell the model."""
 
-    def aim(self, request: RequestHead, body: bytes, config: Config, kept: Mapping[str, str]) -> Aim:
-        """ApiError 400 or 404 when the request names no model that exists. `kept`: ids of answers, and whose they are."""
+    def aim(self, request: RequestHead, body: bytes, config: Config, kept: KeptAnswers) -> Aim:
+        """ApiError 400 or 404 when the request names no model that exists."""
         raise NotImplementedError
+
+    def aim_at(self, model: Model, request: RequestHead, body: bytes, target: bytes) -> Aim:
+        """The same request, for `model`, of which the path has told: what it says of a model itself is no matter."""
+        return model, False, body, target
+
+    def lines(self, request: RequestHead, target: bytes, host: bytes, head: ResponseHead) -> bytes:
+        """The lines of an answer's head that tells of another place; `target`, `host`: what the engine was asked for."""
+        return head.lines
 
 
 class ByBody(Route):
     """By `model` in a JSON document. It gets the model's own name, and the model's filters are applied to it."""
 
-    def aim(self, request: RequestHead, body: bytes, config: Config, kept: Mapping[str, str]) -> Aim:
+    def __init__(self, *, answers_are_kept: bool = False) -> None:
+        super().__init__(answers_are_kept=answers_are_kept)
+        self._config: Config | None = None
+        self._as_it_is: dict[str, Model] = {}
+        """In that configuration: models whose documents pass as they are, by the names that they may have in these."""
+
+    def aim(self, request: RequestHead, body: bytes, config: Config, kept: KeptAnswers) -> Aim:
         found = find_names(body)
-        model = _named(found.model, config)
-        name = str(found.model)
-        at_engine = _name_at_engine(model, name)
-        if name != at_engine or model.filters.strip or model.filters.set:
+        name = found.model
+        if config is not self._config:
+            self._learn(config)
+        model = self._as_it_is.get(name) if isinstance(name, str) else None
+        if model is not None:
+            return model, found.stream is True, body, request.target
+        return self.aim_at(_named(name, config), request, body, request.target)
+
+    def _learn(self, config: Config) -> None:
+        self._config, self._as_it_is = config, {}
+        for model in config.models.values():
+            if not (model.filters.strip or model.filters.set):
+                names = (model.name, *model.lora)
+                self._as_it_is.update((name, model) for name in names if name == _name_at_engine(model, name))
+
+    def aim_at(self, model: Model, request: RequestHead, body: bytes, target: bytes) -> Aim:
+        found = find_names(body)
+        at_engine = _name_at_engine(model, str(found.model))
+        if found.model != at_engine or model.filters.strip or model.filters.set:
             body = rewrite(body, at_engine, model.filters)
-        return Aim(model, found.stream is True, body, request.target)
+            found = find_names(body)
+        return model, found.stream is True, body, target
 
 
 class ByForm(Route):
     """By the field `model` of a form, which may hold files."""
 
-    def aim(self, request: RequestHead, body: bytes, config: Config, kept: Mapping[str, str]) -> Aim:
-        try:
-            fields = find_fields(request.field(b"content-type"), body)
-        except FormError as error:
-            raise ApiError(400, f"the body is no form: {error}", code="invalid_form") from error
-        start, end = fields.get("model", (0, 0))
+    def aim(self, request: RequestHead, body: bytes, config: Config, kept: KeptAnswers) -> Aim:
+        (start, end), stream = _form(request, body)
         name = body[start:end].decode("utf-8", "replace")
         model = _named(name, config)
-        at_engine = _name_at_engine(model, name)
-        if name != at_engine:
-            body = body[:start] + at_engine.encode() + body[end:]
-        streams = fields.get("stream", (0, 0))
-        return Aim(model, body[streams[0] : streams[1]].lower() in (b"true", b"1"), body, request.target)
+        return model, stream, _spliced(body, start, end, name, _name_at_engine(model, name)), request.target
+
+    def aim_at(self, model: Model, request: RequestHead, body: bytes, target: bytes) -> Aim:
+        (start, end), stream = _form(request, body)
+        name = body[start:end].decode("utf-8", "replace")
+        if start:  # otherwise there is no model in it, and the engine takes its own
+            body = _spliced(body, start, end, name, _name_at_engine(model, name))
+        return model, stream, body, target
+
+
+def _form(request: RequestHead, body: bytes) -> tuple[Span, bool]:
+    """Where a form names its model, (0, 0) where it does not, and whether it asks for a stream."""
+    types = [value for lower, _, value in request.fields if lower == b"content-type"]
+    try:
+        if len(types) > 1:
+            raise FormError("there is more than one Content-Type")
+        fields = find_fields(types[0] if types else b"", body)
+        for name in ("model", "stream"):
+            if len(fields.get(name, ())) > 1:
+                raise FormError(f"the field {name!r} is given twice")
+    except FormError as error:
+        raise ApiError(400, f"the body is not a form that can be read: {error}", code="invalid_form") from error
+    start, end = fields.get("stream", [(0, 0)])[0]
+    return fields.get("model", [(0, 0)])[0], body[start:end].lower() in _TRUE
+
+
+def _spliced(body: bytes, start: int, end: int, name: str, at_engine: str) -> bytes:
+    return body if name == at_engine else body[:start] + at_engine.encode() + body[end:]
 
 
 class ByQuery(Route):
     """By `model` in the target's query."""
 
-    def aim(self, request: RequestHead, body: bytes, config: Config, kept: Mapping[str, str]) -> Aim:
-        query = parse_qsl(request.target.partition(b"?")[2].decode("ascii", "replace"), keep_blank_values=True)
-        name = next((value for key, value in query if key == "model"), "")
-        model = _named(name, config)
+    def aim(self, request: RequestHead, body: bytes, config: Config, kept: KeptAnswers) -> Aim:
+        name = query.find(request.target.partition(b"?")[2], "model")
+        return self._renamed(_named(name, config), name, body, request.target)
+
+    def aim_at(self, model: Model, request: RequestHead, body: bytes, target: bytes) -> Aim:
+        name = query.find(target.partition(b"?")[2], "model")
+        return self._renamed(model, name, body, target)
+
+    def _renamed(self, model: Model, name: str, body: bytes, target: bytes) -> Aim:
         at_engine = _name_at_engine(model, name)
-        target = request.target
-        if name != at_engine:
-            renamed = [(key, at_engine if key == "model" else value) for key, value in query]
-            target = request.path + b"?" + urlencode(renamed, quote_via=quote).encode()
-        return Aim(model, stream=False, body=body, target=target)
+        if name not in ("", at_engine):
+            path, _, parameters = target.partition(b"?")
+            target = path + b"?" + query.rename(parameters, at_engine)
+        return model, False, body, target
+
+
+class ByMethod(Route):
+    """One way for POST, another one for GET."""
+
+    def __init__(self, post: Route, get: Route) -> None:
+        super().__init__(post.methods | get.methods)
+        self._post = post
+        self._get = get
+
+    def aim(self, request: RequestHead, body: bytes, config: Config, kept: KeptAnswers) -> Aim:
+        return self._way(request).aim(request, body, config, kept)
+
+    def aim_at(self, model: Model, request: RequestHead, body: bytes, target: bytes) -> Aim:
+        return self._way(request).aim_at(model, request, body, target)
+
+    def _way(self, request: RequestHead) -> Route:
+        return self._post if request.method == b"POST" else self._get
 
 
 class ByPath(Route):
@@ -120,16 +208,31 @@ class ByPath(Route):
     def __init__(self) -> None:
         super().__init__(frozenset((b"GET", b"HEAD", b"POST", b"PUT", b"PATCH", b"DELETE", b"OPTIONS")))
 
-    def aim(self, request: RequestHead, body: bytes, config: Config, kept: Mapping[str, str]) -> Aim:
-        path, question, query = request.target[len(_UPSTREAM) :].partition(b"?")
-        parts = path.split(b"/")
-        for count in range(len(parts), 0, -1):
+    def aim(self, request: RequestHead, body: bytes, config: Config, kept: KeptAnswers) -> Aim:
+        path, question, parameters = request.target[len(_UPSTREAM) :].partition(b"?")
+        # A path may have thousands of parts, names have a few.
+        names = (name for model in config.models.values() for name in (model.name, *model.aliases, *model.lora))
+        deepest = max((name.count("/") for name in names), default=0) + 1
+        parts = path.split(b"/", deepest)
+        for count in range(min(len(parts), deepest), 0, -1):
             model = config.resolve(unquote(b"/".join(parts[:count]).decode("ascii", "replace")))
             if model is not None:
                 rest = b"/" + b"/".join(parts[count:])
-                _permit(model, request, rest)
-                return Aim(model, stream=False, body=body, target=rest + question + query)
+                return self._aim(model, request, body, rest + question + parameters, bare=count == len(parts))
         raise no_such_model(unquote(parts[0].decode("ascii", "replace")), config)
+
+    def _aim(self, model: Model, request: RequestHead, body: bytes, target: bytes, *, bare: bool) -> Aim:
+        """`bare`: nothing follows the name."""
+        if model.engine not in (EngineKind.COMMAND, EngineKind.EXTERNAL):
+            return _permitted(model, request, target).aim_at(model, request, body, target)
+        if bare and request.method in _GET and not request.websocket:  # what a page there refers to is below it, not beside it
+            path, question, parameters = request.target.partition(b"?")
+            place = (path + b"/" + question + parameters).decode("latin-1")
+            raise ApiError(307, f"{model.name} is at {place}", code="moved", fields={"Location": place})
+        return model, False, body, target
+
+    def lines(self, request: RequestHead, target: bytes, host: bytes, head: ResponseHead) -> bytes:
+        return relocate(head, host, request.path.removesuffix(target.partition(b"?")[0]))
 
 
 class ById(Route):
@@ -139,30 +242,43 @@ class ById(Route):
         super().__init__(_GET | {b"POST", b"DELETE"})
         self.for_workers = False
 
-    def aim(self, request: RequestHead, body: bytes, config: Config, kept: Mapping[str, str]) -> Aim:
-        name, _, action = request.path[len(_RESPONSES) :].decode("ascii", "replace").partition("/")
-        model = config.models.get(kept.get(name, ""))
-        if model is None or (action, request.method) not in _ACTIONS:
-            words = f"there is no response {name!r} here" if model is None else f"a response has no {action!r} of that kind"
-            raise ApiError(404, words, code="not_found")
-        return Aim(model, b"stream=true" in request.target, body, request.target)
+    def aim(self, request: RequestHead, body: bytes, config: Config, kept: KeptAnswers) -> Aim:
+        answer, _, action = request.path[len(_RESPONSES) :].decode("ascii", "replace").partition("/")
+        methods = _ACTIONS.get(action)
+        if methods is None:
+            raise ApiError(404, f"a response has no {action!r}", code="not_found")
+        if request.method not in methods:
+            raise not_taken(request, methods)
+        model = config.models.get(kept.find(answer) or "")
+        if model is None:
+            raise UnknownAnswerError(answer)
+        return self.aim_at(model, request, body, request.target)
+
+    def aim_at(self, model: Model, request: RequestHead, body: bytes, target: bytes) -> Aim:
+        stream = query.find(target.partition(b"?")[2], "stream").lower().encode() in _TRUE
+        return model, stream, body, target
 
 
-def _permit(model: Model, request: RequestHead, path: bytes) -> None:
-    """404 for what clients may not reach at an engine of ours."""
-    if model.engine in (EngineKind.COMMAND, EngineKind.EXTERNAL):
-        return
+def _permitted(model: Model, request: RequestHead, target: bytes) -> Route:
+    """The route of a path at an engine of ours; 404 for what clients may not reach there."""
+    path = target.partition(b"?")[0]
     route = ROUTES.get(path)
-    if route is None and _KEPT_ANSWER.fullmatch(path):
-        route = _id
-    allowed = route.methods if route is not None else _GET if path in _READABLE else frozenset[bytes]()
-    if request.method not in allowed:
-        words = f"{request.method.decode()} {path.decode('ascii', 'replace')} of {model.name} is not open to clients"
+    if route is None and path in _READABLE:
+        route = _readable
+    methods = route.methods if route is not None else None
+    if route is None and (answer := _ANSWER.fullmatch(path)) is not None:
+        route, methods = _id, _ACTIONS.get((answer[1] or b"").decode())
+    if route is None or methods is None:
+        words = f"{path.decode('ascii', 'replace')} of {model.name} is not open to clients"
         raise ApiError(404, words, code="not_found")
+    if request.method not in methods:
+        raise not_taken(request, methods)
+    return route
 
 
-_body, _form, _query, _path = ByBody(), ByForm(), ByQuery(_GET), ByPath()
+_body, _form_route, _query, _path = ByBody(), ByForm(), ByQuery(_GET), ByPath()
 _id: Final = ById()
+_readable: Final = Route(_GET)
 
 _BY_BODY: Final = (
     b"/v1/chat/completions",
@@ -182,6 +298,8 @@ _BY_BODY: Final = (
     b"/pooling",
     b"/tokenize",
     b"/detokenize",
+    b"/inference/v1/generate",
+    b"/v1/responses/input_tokens",
     b"/v1/audio/speech",
     b"/v1/images/generations",
     b"/infill",
@@ -190,14 +308,16 @@ _BY_BODY: Final = (
     b"/sdapi/v1/img2img",
 )
 _BY_FORM: Final = (b"/v1/audio/transcriptions", b"/v1/audio/translations", b"/v1/images/edits", b"/v1/images/variations")
-_BY_QUERY: Final = (b"/v1/realtime", b"/v1/audio/voices", b"/props")
+_BY_QUERY: Final = (b"/v1/realtime", b"/props")
 _READABLE: Final = frozenset((b"/health", b"/version", b"/v1/models", b"/metrics", b"/load", b"/tokenizer_info"))
+"""Of an engine of ours, besides the routes."""
 
 ROUTES: Final[dict[bytes, Route]] = {
     **dict.fromkeys(_BY_BODY, _body),
     b"/v1/responses": ByBody(answers_are_kept=True),
-    **dict.fromkeys(_BY_FORM, _form),
+    **dict.fromkeys(_BY_FORM, _form_route),
     **dict.fromkeys(_BY_QUERY, _query),
+    b"/v1/audio/voices": ByMethod(_form_route, _query),
 }
 """By path."""
 

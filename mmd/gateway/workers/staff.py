@@ -194,7 +194,7 @@ class Staff:
             case Drained():
                 self._lessor.survey()
             case Kept(answer, model):
-                self._dispatcher.keep(answer, model)
+                self._dispatcher.kept().add(answer, model)
             case Connection(chunked):
                 self._take(*connection_of(fds), chunked)
             case _:

@@ -1,7 +1,7 @@
 """A worker's gate: requests go through by the leases that it holds, and are asked for one by one where it holds none."""
 
 import asyncio
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import count
 
@@ -11,6 +11,7 @@ from mmd.config import Config, Model
 from mmd.gateway.api_error import ApiError
 from mmd.gateway.relay.engine import EngineConnections
 from mmd.gateway.relay.gate import Gate, Place
+from mmd.gateway.relay.kept import KeptAnswers
 from mmd.gateway.workers.messages import (
     Admitted,
     Ask,
@@ -104,6 +105,8 @@ class Tenant(Gate):
         """By model name."""
         self._endpoints: dict[UnitName, str | None] = {}
         self._connections: dict[str, EngineConnections] = {}
+        self._kept = KeptAnswers()
+        self._kept.told = self._tell_kept
 
     # The gate.
 
@@ -131,10 +134,10 @@ class Tenant(Gate):
             connections = self._connections[endpoint] = EngineConnections(endpoint)
         return connections
 
-    def kept(self) -> Mapping[str, str]:
-        return {}
+    def kept(self) -> KeptAnswers:
+        return self._kept
 
-    def keep(self, answer: str, model: str) -> None:
+    def _tell_kept(self, answer: str, model: str) -> None:
         self._send(Kept(answer, model))
 
     # What places do.
