@@ -24,6 +24,7 @@ __all__ = [
     "Listen",
     "Model",
     "Policy",
+    "PortProtocol",
     "Provider",
     "Replicas",
     "Resources",
@@ -60,6 +61,13 @@ class Listen(StrEnum):
 
     TCP = "tcp"
     UNIX = "unix"
+
+
+class PortProtocol(StrEnum):
+    """What a model's own port speaks."""
+
+    HTTP = "http"
+    TCP = "tcp"
 
 
 class Gateway(NamedTuple):
@@ -208,6 +216,9 @@ class Model(NamedTuple):
     concurrency: int = 0
     health: Health = Health()
     restart_on_connection_failure: bool = True
+    port: str | None = None
+    """An address of its own, on which every request or connection is for it."""
+    port_protocol: PortProtocol = PortProtocol.HTTP
     lora: Mapping[str, str] = MappingProxyType({})
     """Adapters: the name that clients send, and a path or hub id."""
     filters: Filters = Filters()
