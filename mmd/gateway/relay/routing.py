@@ -17,7 +17,7 @@ from mmd.gateway.relay.document import find_names, rewrite
 from mmd.gateway.relay.form import FormError, find_fields
 from mmd.gateway.relay.head import RequestHead
 
-__all__ = ["ROUTES", "Aim", "Route", "find_route"]
+__all__ = ["ROUTES", "Aim", "ByBody", "ByForm", "ByQuery", "Route", "find_route", "name_at_engine", "permit"]
 
 _POST: Final = frozenset((b"POST",))
 _GET: Final = frozenset((b"GET", b"HEAD"))
@@ -46,7 +46,7 @@ def _named(name: object, config: Config) -> Model:
     return model
 
 
-def _name_at_engine(model: Model, name: str) -> str:
+def name_at_engine(model: Model, name: str) -> str:
     """What the engine calls the model, or the adapter of it, that clients call `name`."""
     if name in model.lora:
         return name
@@ -75,7 +75,7 @@ class ByBody(Route):
         found = find_names(body)
         model = _named(found.model, config)
         name = str(found.model)
-        at_engine = _name_at_engine(model, name)
+        at_engine = name_at_engine(model, name)
         if name != at_engine or model.filters.strip or model.filters.set:
             body = rewrite(body, at_engine, model.filters)
         return Aim(model, found.stream is True, body, request.target)
@@ -92,7 +92,7 @@ class ByForm(Route):
         start, end = fields.get("model", (0, 0))
         name = body[start:end].decode("utf-8", "replace")
         model = _named(name, config)
-        at_engine = _name_at_engine(model, name)
+        at_engine = name_at_engine(model, name)
         if name != at_engine:
             body = body[:start] + at_engine.encode() + body[end:]
         streams = fields.get("stream", (0, 0))
@@ -106,7 +106,7 @@ class ByQuery(Route):
         query = parse_qsl(request.target.partition(b"?")[2].decode("ascii", "replace"), keep_blank_values=True)
         name = next((value for key, value in query if key == "model"), "")
         model = _named(name, config)
-        at_engine = _name_at_engine(model, name)
+        at_engine = name_at_engine(model, name)
         target = request.target
         if name != at_engine:
             renamed = [(key, at_engine if key == "model" else value) for key, value in query]
@@ -127,7 +127,7 @@ class ByPath(Route):
             model = config.resolve(unquote(b"/".join(parts[:count]).decode("ascii", "replace")))
             if model is not None:
                 rest = b"/" + b"/".join(parts[count:])
-                _permit(model, request, rest)
+                permit(model, request, rest)
                 return Aim(model, stream=False, body=body, target=rest + question + query)
         raise no_such_model(unquote(parts[0].decode("ascii", "replace")), config)
 
@@ -148,7 +148,7 @@ class ById(Route):
         return Aim(model, b"stream=true" in request.target, body, request.target)
 
 
-def _permit(model: Model, request: RequestHead, path: bytes) -> None:
+def permit(model: Model, request: RequestHead, path: bytes) -> None:
     """404 for what clients may not reach at an engine of ours."""
     if model.engine in (EngineKind.COMMAND, EngineKind.EXTERNAL):
         return
