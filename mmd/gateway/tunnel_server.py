@@ -241,7 +241,8 @@ class _Visit:
 
     def leave(self, heir: Heir) -> bool:
         """Move to the gateway that comes after this one; False: not so, an engine has been found already."""
-        if self._connection is None or self._place is None or not self._place.waiting:
+        admitted = self._place is not None and not self._place.waiting
+        if self._connection is None or self._tunnel.engine.transport is not None or admitted:
             return False
         heir(os.dup(self._connection.fileno()), b"", None)
         self._ended()
