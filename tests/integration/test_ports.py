@@ -31,7 +31,7 @@ _WEB = """
 import sys
 from aiohttp import web
 async def page(request):
-    return web.Response(text=f"{request.method} {request.path_qs} {len(await request.read())}")
+    return web.Response(text=f"{request.method} {request.path_qs} {request.host} {len(await request.read())}")
 async def talk(request):
     socket = web.WebSocketResponse()
     await socket.prepare(request)
@@ -128,9 +128,9 @@ def test_a_connection_starts_the_model_and_keeps_it_while_it_is_used(machine: In
 
 
 def test_a_port_speaks_http(machine: Installation) -> None:
-    assert get("/", api="http://127.0.0.1:8082").text == "GET / 0"
-    assert get("/any/path?x=1%202", api="http://127.0.0.1:8082").text == "GET /any/path?x=1%202 0"
-    assert post("/upload", os.urandom(20 << 20), api="http://127.0.0.1:8082").text == f"POST /upload {20 << 20}"
+    assert get("/", api="http://127.0.0.1:8082").text == "GET / 127.0.0.1:8082 0"
+    assert get("/any/path?x=1%202", api="http://127.0.0.1:8082").text == "GET /any/path?x=1%202 127.0.0.1:8082 0"
+    assert post("/upload", os.urandom(20 << 20), api="http://127.0.0.1:8082").text == f"POST /upload 127.0.0.1:8082 {20 << 20}"
     assert state(machine, "web") == "ready"
     messages = [{"role": "user", "content": "hello"}]
     for body in ({"messages": messages}, {"messages": messages, "model": "a"}, {"messages": messages, "model": "gpt-4"}):
@@ -163,7 +163,7 @@ def test_an_upgrade_keeps_tunnels_and_ports(machine: Installation) -> None:
         sockets = set()
         for _ in range(3):
             kept.request("GET", "/")
-            assert kept.getresponse().read() == b"GET / 0"
+            assert kept.getresponse().read() == b"GET / 127.0.0.1:8082 0"
             sockets.add(kept.sock)
             upgrade(machine)
             assert echoed(connection, os.urandom(100_000))
@@ -195,7 +195,7 @@ def test_ports_come_move_and_go_while_others_go_on(machine: Installation) -> Non
         machine.write(_FILE, swapped)
         machine.wait_until(lambda: refused(8084), 20, "the new one has gone again")
         machine.wait_until(lambda: machine.show("mmd-port-web.socket", "ActiveState") == "active", 20)
-        machine.wait_until(lambda: get("/", api="http://127.0.0.1:8083").text == "GET / 0", 20)
+        machine.wait_until(lambda: get("/", api="http://127.0.0.1:8083").text == "GET / 127.0.0.1:8083 0", 20)
         assert post("/v1/chat/completions", body, api="http://127.0.0.1:8082").json["model"] == "a"
         # Another protocol on the same address.
         machine.write(_FILE, swapped.replace("port_protocol: tcp", "port_protocol: http"))

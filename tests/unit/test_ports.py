@@ -304,3 +304,20 @@ def test_a_large_body_is_refused_in_words(tmp_path: Path) -> None:
         listening.close()
 
     run(work())
+
+
+def test_a_program_gets_the_host_that_its_client_asked_for(tmp_path: Path) -> None:
+    async def work() -> None:
+        listening = socket.create_server(("127.0.0.1", 0))
+        script = Script()
+        async with site(tmp_path, script) as there:
+            for kind in (EngineKind.COMMAND, EngineKind.SIM):
+                await there.configure({"m": Model("m", "m", kind, gpus=0, port=address(listening))})
+                if not there.servers:
+                    assert await there.unit("open", "m", listening) == 0
+                assert await ask(listening) == (200, OK)
+            hosts = [head.lower().partition(b"\r\nhost: ")[2].partition(b"\r\n")[0] for head, _ in script.requests]
+            assert hosts == [b"x", b"localhost"]
+        listening.close()
+
+    run(work())

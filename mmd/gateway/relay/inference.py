@@ -171,12 +171,14 @@ class InferenceExchange(Exchange):
         super().withdraw()
 
     def _send(self, connections: EngineConnections, connection: EngineConnection) -> None:
-        request, body = self.request, self._request
+        request, body, host = self.request, self._request, connections.host
+        if self._route.keeps_host and self._model is not None and self._model.engine is EngineKind.COMMAND:
+            host = request.host or host
         head = b"%b %b%b HTTP/1.1\r\nHost: %b\r\n%b%b\r\n" % (
             request.method,
             connections.prefix,
             self._target,
-            connections.host,
+            host,
             request.engine_lines,
             b"Content-Length: %d\r\n" % len(body) if body or self.length is not None else self._unframed(),
         )

@@ -62,6 +62,8 @@ class Route:
         self.answers_are_kept = answers_are_kept
         self.for_workers = True
         """Whether any process can tell the model."""
+        self.keeps_host = False
+        """Whether a program (`command`) gets the client's Host: its pages compare that with the Origin of what they ask."""
 
     def aim(self, request: RequestHead, body: bytes, config: Config, kept: Mapping[str, str]) -> Aim:
         """ApiError 400 or 404 when the request names no model that exists. `kept`: ids of answers, and whose they are."""
