@@ -30,8 +30,7 @@ _log = logging.getLogger(__name__)
 # A fresh gateway is there within a second; on a machine that is busy loading models it takes longer.
 _PREPARED_WITHIN_S = 30.0
 
-
-# Of a message's descriptors, see mmd.gateway.channel.
+# A message has room for 64 descriptors (mmd.gateway.channel), and models' ports may be more.
 _SOCKETS_AT_ONCE = 60
 
 
