@@ -27,6 +27,7 @@ COMPILED: Final = (
     "mmd/gateway/relay/application.py",  # or for the application: no class of the interpreter's can inherit from a compiled one
     "mmd/gateway/relay/routing.py",  # of the model that is asked for
     "mmd/gateway/relay/document.py",  # in its body
+    "mmd/gateway/relay/port_route.py",  # or of the one whose port it is
     "mmd/gateway/relay/engine.py",  # takes an engine's connection, and gives it back
     "mmd/gateway/relay/counters.py",  # counts the tokens of every answer
     "mmd/gateway/relay/gate.py",  # and a place there

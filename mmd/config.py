@@ -24,6 +24,7 @@ __all__ = [
     "Listen",
     "Model",
     "Policy",
+    "PortProtocol",
     "Provider",
     "Replicas",
     "Resources",
@@ -69,6 +70,13 @@ class Timeouts(NamedTuple):
     idle_s: float = 75.0
     request_s: float = 60.0
     stalled_s: float = 300.0
+
+
+class PortProtocol(StrEnum):
+    """What a model's own port speaks."""
+
+    HTTP = "http"
+    TCP = "tcp"
 
 
 class Gateway(NamedTuple):
@@ -226,6 +234,9 @@ class Model(NamedTuple):
     """With `concurrency`: how many more may wait; None: as many as may for all models together."""
     health: Health = Health()
     restart_on_connection_failure: bool = True
+    port: str | None = None
+    """An address of its own, on which every request or connection is for it."""
+    port_protocol: PortProtocol = PortProtocol.HTTP
     lora: Mapping[str, str] = MappingProxyType({})
     """Adapters: the name that clients send, and a path or hub id."""
     filters: Filters = Filters()

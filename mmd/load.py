@@ -9,6 +9,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from mmd.addresses import PortsTaken
 from mmd.build import make_model, make_section, merge
 from mmd.check import Complaint, nearest, read_section
 from mmd.config import Config, EngineKind, Gateway, Gpus, Model, Policy, Resources
@@ -210,6 +211,7 @@ class _Loader:
 
     def _make_models(self) -> None:
         taken = NamesTaken({name: draft.place for name, draft in self._drafts.items()})
+        ports = PortsTaken(self._top["gateway"])
         for draft in self._drafts.values():
             if not draft.good:  # what else is wrong with it may well follow from that
                 continue
@@ -218,9 +220,11 @@ class _Loader:
             if model is None:
                 continue
             self._complain_of(draft, taken.check(model))
+            self._complain_of(draft, ports.check(model))
             self._complain_of(draft, check_model(model, scope=self._scope, resources=self._top["resources"]))
             if len(self._problems) == before:
                 taken.add(model)
+                ports.add(model)
                 self._models[model.name] = model
 
     def _merge(self, draft: _Draft) -> Model | None:

@@ -3,7 +3,7 @@
 from mmd import config, kinds
 from mmd.amounts import AMOUNT
 from mmd.config import EngineKind
-from mmd.setting import Entry, Later, Section, Setting, by_key
+from mmd.setting import Entry, Section, Setting, by_key
 from mmd.sizes import BYTES_PER_WEIGHT
 
 __all__ = ["DEFAULTS", "MODEL", "PROFILE"]
@@ -209,8 +209,19 @@ MODEL = Section(
             "Restart the engine once and try again when it cannot be reached and nothing was sent to the client yet.",
             engines=_STARTED,
         ),
-        Later("port", "A port of its own."),
-        Later("port_protocol", "What its own port speaks."),
+        Setting(
+            "port",
+            kinds.ADDRESS,
+            "",
+            "A port of its own: a TCP address, or the path of a Unix socket. Whatever is asked there is for this model.",
+        ),
+        Setting(
+            "port_protocol",
+            kinds.choice(config.PortProtocol, make=config.PortProtocol),
+            "http",
+            "What its own port speaks: http (the model is started by a request), or tcp (any protocol: it is started by a "
+            "connection, and in use while bytes move).",
+        ),
         Setting(
             "lora",
             kinds.mapping(kinds.TEXT, kinds.TEXT),
@@ -255,7 +266,9 @@ def _without(*keys: str) -> dict[str, Entry]:
     return {key: entry for key, entry in MODEL.entries.items() if key not in keys}
 
 
-DEFAULTS = MODEL._replace(key="defaults", entries=_without("id", "aliases"), doc="Model keys that come under every model.")
+DEFAULTS = MODEL._replace(
+    key="defaults", entries=_without("id", "aliases", "port", "port_protocol"), doc="Model keys that come under every model."
+)
 """A key that does not apply to a model's engine is skipped for that model."""
 
-PROFILE = MODEL._replace(key="profile", entries=_without("id", "aliases", "profile"))
+PROFILE = MODEL._replace(key="profile", entries=_without("id", "aliases", "profile", "port"))

@@ -5,7 +5,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from mmd.check import Complaint, nearest
-from mmd.config import Device, EngineKind, Gateway, Gauge, Gpus, Listen, Model, Provider, Resources
+from mmd.config import Device, EngineKind, Gateway, Gauge, Gpus, Listen, Model, PortProtocol, Provider, Resources
 from mmd.model_settings import MODEL
 from mmd.names import Placement, UnitName, slice_index
 from mmd.scope import Scope
@@ -71,6 +71,7 @@ def check_model(model: Model, *, scope: Scope, resources: Resources) -> Iterator
     if isinstance(model.gpus, tuple) and len(set(model.gpus)) < len(model.gpus):
         yield ("gpus",), "names a GPU twice", ""
     yield from _check_replicas(model)
+    yield from _check_port(model)
     for name in model.resources:
         if name not in resources.names:
             match = nearest(name, resources.names)
@@ -93,6 +94,18 @@ def _check_replicas(model: Model) -> Iterator[Complaint]:
         yield ("replicas", "max"), "needs `gpus` to be a count above 0: each replica has GPUs of its own", "such as gpus: 1"
     if model.listen_port is not None:
         yield ("listen",), "replicas cannot share a port", "write tcp: a free port is chosen for each"
+
+
+def _check_port(model: Model) -> Iterator[Complaint]:
+    if model.port is None:
+        if model.port_protocol is not PortProtocol.HTTP:
+            yield ("port_protocol",), "needs a port", 'such as port: "127.0.0.1:8081"'
+    elif not _is_address(model.port):
+        yield ("port",), f"{model.port} is not an IPv6 address and a port", "write [::1]:8081"
+    elif model.port.startswith("/") and len(model.port.encode()) > _SOCKET_PATH_MAX_BYTES:
+        yield ("port",), f"a socket's path has at most {_SOCKET_PATH_MAX_BYTES} bytes", ""
+    if model.port_protocol is PortProtocol.TCP and (model.endpoint or "").startswith("https:"):
+        yield ("port_protocol",), "tcp does not reach an endpoint that speaks TLS", "write http"
 
 
 def _longest_placement(model: Model) -> Placement:

@@ -168,6 +168,10 @@ class ModelStatus:
     description: str = ""
     url: str = ""
     """A link to a page of the model's own; `{host}` stands for this machine."""
+    port: str = ""
+    """Its own, where there is one."""
+    port_protocol: str = ""
+    """`http` or `tcp`, of its own port."""
     instances: tuple[InstanceStatus, ...] = ()
     vram_bytes: int = 0
     """Per GPU, awake: declared, else estimated. What has been learned is in `reckoning`."""

@@ -5,10 +5,12 @@ placement (mmd.names), which the runner receives as `%i`.
 """
 
 from _blake2 import blake2b  # hashlib would load OpenSSL: 5 ms of the generator's 60
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
 from types import MappingProxyType
 from typing import NamedTuple
 
+from mmd.addresses import parse_address
 from mmd.config import Config, EngineKind, Gpus, Listen, Model, Provider
 from mmd.engines import engine
 from mmd.engines.base import CommandContext
@@ -19,14 +21,23 @@ from mmd.scope import Scope, ScopeKind
 from mmd.sizes import sized
 from mmd.unitfile import Specified, assignment, command_line, escape
 
-__all__ = ["SOCKETS_WANTS", "Units", "definition", "model_unit", "model_unit_name", "render_units", "socket_units"]
+__all__ = [
+    "SOCKETS_WANTS",
+    "Units",
+    "definition",
+    "model_unit",
+    "model_unit_name",
+    "port_socket_name",
+    "render_units",
+    "socket_units",
+]
 
 SOCKETS_WANTS = "sockets.target.wants"
 """systemctl refuses to enable generated units, so the generator makes the links that `enable` would."""
 
 _GATEWAY = "mmd-gateway.service"
 _PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
-_TCP_HOSTS = {"localhost": "127.0.0.1"}  # systemd resolves no names, systemd.socket(5)
+_GATEWAY_SOCKET = "mmd-gateway.socket"
 
 _GATEWAY_ONLY = frozenset(
     [
@@ -44,6 +55,8 @@ _GATEWAY_ONLY = frozenset(
         "description",
         "url",
         "restart_on_connection_failure",
+        "port",
+        "port_protocol",
         "source",
         "line",
     ]
@@ -96,6 +109,11 @@ def model_unit_name(model: Model) -> str:
     return f"mmd-model-{model.id}@.service"
 
 
+def port_socket_name(model: Model) -> str:
+    """The file name of the unit of a model's own port."""
+    return f"mmd-port-{model.id}.socket"
+
+
 def definition(model: Model, *, gpus: Gpus) -> str:
     """The fingerprint of what the user has said of a model's process: 16 hexadecimal digits, the same as in its unit's command.
 
@@ -117,22 +135,14 @@ def model_unit(model: Model, *, gpus: Gpus, scope: Scope, bin_dir: str) -> str:
 def socket_units(config: Config, scope: Scope) -> Iterator[tuple[str, str]]:
     """The sockets that start the gateway, by file name."""
     system = scope.kind is ScopeKind.SYSTEM
-    open_to = ("SocketMode=0660", "SocketGroup=mmd") if system else ("SocketMode=0600",)
-    listen = config.gateway.listen
-    any_tcp = any(not address.startswith("/") for address in listen)
-    any_unix = any(address.startswith("/") for address in listen)
+    with_ports = [model for model in config.models.values() if model.port is not None]
+    wants = ("# Whoever starts this one means the models' own ports as well.",) if with_ports else ()
     yield _socket(
-        "mmd-gateway.socket",
+        _GATEWAY_SOCKET,
         "mmd OpenAI API",
         scope,
-        (
-            *map(_listen_stream, listen),
-            "FileDescriptorName=mmd-api",
-            "# How many connections the kernel keeps while the gateway starts or restarts.",
-            "Backlog=1024",
-            *(("# A token is a small packet; it must not wait for the next one.", "NoDelay=yes") if any_tcp else ()),
-            *(open_to if any_unix else ()),
-        ),
+        (*_client_socket(config.gateway.listen, system), "FileDescriptorName=mmd-api"),
+        unit=(*wants, *(f"Wants={port_socket_name(model)}" for model in with_ports)),
     )
     admins = ("SocketMode=0660", "SocketGroup=mmd-admin") if system else ("SocketMode=0600",)
     admin = ("ListenStream=%t/mmd/admin.sock", "FileDescriptorName=mmd-admin", *admins)
@@ -140,31 +150,65 @@ def socket_units(config: Config, scope: Scope) -> Iterator[tuple[str, str]]:
     if config.gateway.admin_listen:
         tcp = (*map(_listen_stream, config.gateway.admin_listen), "FileDescriptorName=mmd-admin-tcp", "NoDelay=yes")
         yield _socket("mmd-admin-tcp.socket", "mmd admin API and dashboard over TCP", scope, tcp)
+    for model in with_ports:
+        assert model.port is not None
+        yield _socket(
+            port_socket_name(model),
+            f"mmd port of {escape(model.name)}",
+            scope,
+            (*_client_socket((model.port,), system), f"FileDescriptorName=mmd-port-{model.id}"),
+            unit=(f"PartOf={_GATEWAY_SOCKET}",),
+            service=f"mmd-port@{model.id}.service",
+            source=model.source,
+        )
 
 
-def _socket(name: str, description: str, scope: Scope, lines: Iterable[str]) -> tuple[str, str]:
+def _client_socket(addresses: Sequence[str], system: bool) -> Iterator[str]:
+    """Where clients of models connect."""
+    yield from map(_listen_stream, addresses)
+    yield "# How many connections the kernel keeps while the gateway starts or restarts."
+    yield "Backlog=1024"
+    if any(not address.startswith("/") for address in addresses):
+        yield from ("# A token is a small packet; it must not wait for the next one.", "NoDelay=yes")
+    if any(address.startswith("/") for address in addresses):
+        yield from ("SocketMode=0660", "SocketGroup=mmd") if system else ("SocketMode=0600",)
+
+
+def _socket(
+    name: str,
+    description: str,
+    scope: Scope,
+    lines: Iterable[str],
+    *,
+    unit: Iterable[str] = (),
+    service: str = _GATEWAY,
+    source: Path | None = None,
+) -> tuple[str, str]:
+    source = source or scope.config_file
     text = "\n".join(
         (
-            f"# Made by mmd-generator(8) of {scope.config_file}: change it there, then `mmdctl reload`.",
+            f"# Made by mmd-generator(8) of {source}: change it there, then `mmdctl reload`.",
             "[Unit]",
             f"Description={description}",
             "Documentation=man:mmd.yaml(5) man:mmd-gateway(8)",
-            f"SourcePath={escape(str(scope.config_file))}",
+            f"SourcePath={escape(str(source))}",
+            *unit,
             "",
             "[Socket]",
             *lines,
-            f"Service={_GATEWAY}",
+            f"Service={service}",
             "",
         )
     )
     return name, text
 
 
-def _listen_stream(address: str) -> str:
-    host, separator, port = address.rpartition(":")
-    if address.startswith("/") or not separator:
-        return f"ListenStream={escape(address)}"
-    return f"ListenStream={_TCP_HOSTS.get(host, host)}:{port}"
+def _listen_stream(text: str) -> str:
+    address = parse_address(text)
+    if address.port == 0:
+        return f"ListenStream={escape(address.host)}"
+    host = f"[{address.host}]" if ":" in address.host else address.host
+    return f"ListenStream={host}:{address.port}"
 
 
 class _ModelUnit(NamedTuple):

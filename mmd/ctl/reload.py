@@ -3,7 +3,9 @@
 import os
 import shlex
 import subprocess
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 
 from mmd.ctl.client import Reloaded
 from mmd.ctl.configuration import read
@@ -14,13 +16,17 @@ from mmd.scope import ScopeKind
 __all__ = ["reload"]
 
 _GATEWAY = "mmd-gateway.service"
-_SOCKETS = ("mmd-gateway.socket", "mmd-admin.socket", "mmd-admin-tcp.socket")
+_GATEWAY_SOCKET = "mmd-gateway.socket"
+_SOCKETS = (_GATEWAY_SOCKET, "mmd-admin.socket", "mmd-admin-tcp.socket")
+_PORTS = "mmd-port-*.socket"
+"""The models' own ports. The gateway gets them while it runs, so they follow the configuration without anybody being asked."""
 _SYSTEMCTL_TIMEOUT_S = 90.0
 """systemd's own bound for a job (DefaultTimeoutStartSec=, systemd-system.conf(5))."""
 
 
 def reload(context: Context) -> Exit:
-    """Checks the configuration and refuses a wrong one; else daemon-reload, and a reload of the gateway when it runs."""
+    """Checks the configuration and refuses a wrong one; else daemon-reload, and a reload of the gateway when it runs. Then the
+    models' own ports are opened, moved and closed; of the other sockets it says what is to be done."""
     if context.scope.kind is ScopeKind.SYSTEM and os.geteuid() != 0:
         raise CtlError("only root may make systemd read the units again", hint=f"sudo {context.command('reload')}")
     problems = read(context.scope).problems
@@ -31,8 +37,10 @@ def reload(context: Context) -> Exit:
     _systemctl(context, "daemon-reload")
     after = _sockets(context)
     print("\n".join(_reload_gateway(context)))
-    moved = [unit for unit, now in after.items() if now.defined and now.moved_from(before[unit])]
+    moved = [unit for unit, now in after.items() if now.defined and now.moved_from(before.get(unit, _NONE))]
     gone = [unit for unit, now in after.items() if not now.defined and now.active]
+    _follow_ports(context, after, moved, gone)
+    moved, gone = _others(moved), _others(gone)
     if moved:
         print(f"{', '.join(moved)}: to listen where the configuration says now:")
         print(f"  {shlex.join((*context.systemctl, 'restart', *moved, _GATEWAY))}")
@@ -46,19 +54,43 @@ def reload(context: Context) -> Exit:
 class _Socket:
     """A socket unit: what its definition says, and whether it is open, perhaps at an earlier definition's addresses."""
 
-    defined: bool
-    active: bool
-    listen: frozenset[str]
+    defined: bool = False
+    active: bool = False
+    listen: frozenset[str] = frozenset()
 
     def moved_from(self, before: "_Socket") -> bool:
         """Whether it was open, or is new, and its definition says other addresses than `before`."""
         return (before.active or not before.defined) and self.listen != before.listen
 
 
+_NONE = _Socket()
+
+
+def _is_port(unit: str) -> bool:
+    return fnmatchcase(unit, _PORTS)
+
+
+def _others(units: Iterable[str]) -> list[str]:
+    return [unit for unit in units if not _is_port(unit)]
+
+
+def _follow_ports(context: Context, sockets: Mapping[str, _Socket], moved: Sequence[str], gone: Sequence[str]) -> None:
+    """Close what has moved or is gone before anything is opened: two models may have changed places. Nothing is opened while
+    clients are not to connect at all (mmd-gateway.socket)."""
+    closed = [unit for unit in (*moved, *gone) if _is_port(unit) and sockets[unit].active]
+    if closed:
+        _systemctl(context, "stop", *closed)
+    if not sockets[_GATEWAY_SOCKET].active:
+        return
+    opened = [unit for unit, now in sockets.items() if _is_port(unit) and now.defined and (not now.active or unit in closed)]
+    if opened:
+        _systemctl(context, "start", *opened)
+
+
 def _sockets(context: Context) -> dict[str, _Socket]:
-    text = _systemctl(context, "show", "--property=Id,LoadState,ActiveState,Listen", *_SOCKETS)
+    text = _systemctl(context, "show", "--property=Id,LoadState,ActiveState,Listen", *_SOCKETS, _PORTS)
     sockets = {}
-    for block in text.strip().split("\n\n"):
+    for block in filter(None, text.strip().split("\n\n")):
         lines = frozenset(block.splitlines())
         unit = next(line.removeprefix("Id=") for line in lines if line.startswith("Id="))
         listen = frozenset(line for line in lines if line.startswith("Listen="))

@@ -41,6 +41,7 @@ _CATALOGUE_COLUMNS = (
     Column("ENGINE"),
     Column("GPUS", right=True, drop=3),
     Column("VRAM", right=True),
+    Column("PORT", drop=5),
     Column("ALIASES", elastic=True, drop=2),
     Column("DESCRIPTION", elastic=True, drop=1),
 )
@@ -73,6 +74,7 @@ def catalogue(models: Sequence[ModelStatus], terminal: Terminal) -> list[str]:
             Cell(model.engine),
             Cell(str(model.gpus)),
             Cell(human_size(model.vram_bytes) if model.gpus else _NONE),
+            Cell(model.port or _NONE),
             Cell(", ".join(model.aliases)),
             Cell(printable(model.description)),
         ]
@@ -92,6 +94,7 @@ def details(model: ModelStatus, terminal: Terminal, now_s: float) -> list[str]:
         ("Reason", printable(model.reason)),
         ("Engine", model.engine),
         ("Unit id", model.id),
+        ("Port", f"{model.port} ({model.port_protocol})" if model.port else ""),
         ("VRAM", f"{size_on_gpus(_awake_bytes(model), model.gpus)} while awake" if model.gpus else "none"),
         *(reckoning.facts(model.reckoning) if model.reckoning else ()),
         ("Pinned", "yes, never evicted" if model.pinned else ""),

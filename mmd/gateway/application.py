@@ -13,7 +13,8 @@ from mmd.gateway.relay.client import ClientConnection
 from mmd.gateway.relay.exchange import Exchange
 from mmd.gateway.relay.head import RequestHead
 from mmd.gateway.relay.inference import Inference
-from mmd.gateway.server import GRACE_S, Heir, Server
+from mmd.gateway.server import GRACE_S, Server
+from mmd.gateway.serving import Heir
 
 __all__ = ["ApplicationServer"]
 

@@ -21,7 +21,7 @@ __all__ = ["Channel", "connection_of", "from_memory", "in_memory"]
 _log = logging.getLogger(__name__)
 
 _MESSAGE_MAX_BYTES = 65536
-_FDS_MAX = 64  # a gateway listens on fewer addresses than that
+_FDS_MAX = 64
 
 
 class Channel:

@@ -25,8 +25,10 @@ from mmd.gateway.lesson_book import LessonBook
 from mmd.gateway.lifecycle import Lifecycle
 from mmd.gateway.memory import Memory
 from mmd.gateway.openai import OpenAiApi
+from mmd.gateway.ports import Ports, is_port
 from mmd.gateway.relay.inference import Inference
 from mmd.gateway.relief import Guests, relieve
+from mmd.gateway.serving import Serving
 from mmd.gateway.snapshot import Snapshot
 from mmd.gateway.workers import worker_count
 from mmd.gpu import GpuProvider, open_provider
@@ -61,8 +63,9 @@ class Daemon:
     ) -> None:
         self._scope = scope
         self._systemd = systemd
-        self._sockets = tuple(sockets)
-        self._servers: list[ApplicationServer] = []
+        sockets = tuple(sockets)
+        self._sockets = tuple(each for each in sockets if not is_port(each.name))
+        self._servers: list[Serving] = []
         self._staff: Staff | None = None
         self._background: list[asyncio.Task[None]] = []
         self._memory = Memory(self._open_gpus, self._on_sample)
@@ -77,6 +80,7 @@ class Daemon:
         self.dispatcher.kept().told = self._answers.note
         self._gauges = Gauges(lambda name: self.dispatcher.scheduler.state.stand(name), self.dispatcher.post)
         self.inference = Inference(self.dispatcher)
+        self._ports = Ports(self.dispatcher, self.inference, self._servers, runtime_dir / "ports.sock", sockets)
         self._guests = Guests(self.dispatcher, self._servers)
         self.snapshot = Snapshot(self.dispatcher, self._memory, self._gauges, scope=scope.kind)
 
@@ -106,6 +110,7 @@ class Daemon:
             await server.start()
         if self._staff is not None:
             self._staff.accept()
+        await self._ports.listen()
 
     def _make_servers(self) -> None:
         api = OpenAiApi(self.dispatcher)
@@ -130,6 +135,7 @@ class Daemon:
             server = ApplicationServer(name, self.inference, found, (), elsewhere=staff.give)
             staff.adopt = server.adopt
             self._servers.append(server)
+        self._ports.prepare()
 
     def _use(self, loaded: Loaded) -> None:
         for problem in loaded.problems:
@@ -147,6 +153,7 @@ class Daemon:
             return {"changed": [], "added": [], "removed": [], "problems": list(map(str, loaded.problems))}
         self._use(loaded)
         self._gauges.use(loaded.config)
+        await self._ports.arrange()
         if self._staff is not None:
             self._staff.configure(loaded.config)
         if worker_count(loaded.config.gateway.workers) != self.snapshot.workers:
@@ -197,10 +204,21 @@ class Daemon:
 
     async def hand_over(self, command: Sequence[str], announce: Callable[[int], None]) -> bool:
         """Let a fresh gateway go on, see mmd.gateway.relief; True when this one has nothing left to do."""
-        return await relieve(command, self._sockets, self.dispatcher, self._servers, self._guests, self._staff, announce)
+
+        def announced(process_id: int) -> None:
+            announce(process_id)
+            self._ports.close()  # the addresses are the other's from now on, to be free when they are let go of there
+
+        await self._ports.hold()
+        sockets = (*self._sockets, *self._ports.sockets)
+        if await relieve(command, sockets, self.dispatcher, self._servers, self._guests, self._staff, announced):
+            return True
+        await self._ports.listen()
+        return False
 
     async def stop(self) -> None:
         """Accept nothing more, finish what was accepted, leave the models running."""
+        await self._ports.hold()
         for server in self._servers:
             await server.stop_accepting()
         timeout_s = self.dispatcher.config.gateway.drain_timeout_s
@@ -210,6 +228,7 @@ class Daemon:
         with suppress(TimeoutError):  # systemd ends what is left of the unit after us, those that we have relieved as well
             async with asyncio.timeout(timeout_s):
                 await self._guests.none.wait()
+        self._ports.close()
         for task in self._background:
             task.cancel()
         await asyncio.gather(*self._background, return_exceptions=True)

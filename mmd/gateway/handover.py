@@ -30,11 +30,16 @@ _log = logging.getLogger(__name__)
 # A fresh gateway is there within a second; on a machine that is busy loading models it takes longer.
 _PREPARED_WITHIN_S = 30.0
 
+# A message has room for 64 descriptors (mmd.gateway.channel), and models' ports may be more.
+_SOCKETS_AT_ONCE = 60
+
 
 class Sockets(msgspec.Struct, frozen=True, tag=True):
     """What systemd listens on: names, and a descriptor each."""
 
     names: list[str]
+    more: bool = False
+    """Another message follows with more of them."""
 
 
 class Prepared(msgspec.Struct, frozen=True, tag=True):
@@ -108,7 +113,9 @@ class Successor:
         with theirs:
             self._process_id = _spawn(command, theirs.fileno())
         self._channel = Channel(ours, Prepared, self._hear, self._ended)
-        self._channel.send(Sockets([each.name for each in sockets]), *(os.dup(each.socket.fileno()) for each in sockets))
+        for begin in range(0, len(sockets), _SOCKETS_AT_ONCE):
+            some, more = sockets[begin : begin + _SOCKETS_AT_ONCE], begin + _SOCKETS_AT_ONCE < len(sockets)
+            self._channel.send(Sockets([each.name for each in some], more), *(os.dup(each.socket.fileno()) for each in some))
         try:
             async with asyncio.timeout(_PREPARED_WITHIN_S):
                 await self._prepared
@@ -179,6 +186,7 @@ class Predecessor:
 
     def __init__(self, end: socket.socket) -> None:
         self.sockets: asyncio.Future[tuple[ListenSocket, ...]] = asyncio.get_running_loop().create_future()
+        self._sockets: list[ListenSocket] = []
         self.taken: asyncio.Future[Taken] = asyncio.get_running_loop().create_future()
         self.on_client: Callable[[Client, socket.socket, bytes], None] | None = None
         self.on_count: Callable[[Predecessor, str, int], None] | None = None
@@ -197,9 +205,11 @@ class Predecessor:
 
     def _hear(self, message: _ToSuccessor, fds: list[int]) -> None:
         match message:
-            case Sockets(names):
+            case Sockets(names, more):
                 made = (socket.socket(fileno=fd) for fd in fds)
-                self.sockets.set_result(tuple(ListenSocket(name, each) for name, each in zip(names, made, strict=True)))
+                self._sockets += (ListenSocket(name, each) for name, each in zip(names, made, strict=True))
+                if not more:
+                    self.sockets.set_result(tuple(self._sockets))
             case Taken():
                 self.taken.set_result(message)
             case Kept():

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from mmd.errors import MmdError
 from mmd.gateway.dispatcher import Dispatcher
 from mmd.gateway.handover import Client, Predecessor, Successor, Taken, UnitTaken
-from mmd.gateway.server import Server
+from mmd.gateway.serving import Serving
 from mmd.names import UnitName
 from mmd.policy.events import Phase
 from mmd.systemd.activation import ListenSocket
@@ -29,7 +29,7 @@ _COUNT_S = 0.05
 class Guests:
     """Requests that earlier gateways still serve at units that we decide about, and the connections that they send us."""
 
-    def __init__(self, dispatcher: Dispatcher, servers: Sequence[Server]) -> None:
+    def __init__(self, dispatcher: Dispatcher, servers: Sequence[Serving]) -> None:
         """`servers` may be made later."""
         self._dispatcher = dispatcher
         self._servers = servers
@@ -71,7 +71,10 @@ class Guests:
                 self._requests[elder][name] = self._dispatcher.inherit(unit, count, None)
 
     def _count(self, predecessor: Predecessor, unit: str, count: int) -> None:
-        requests = self._requests[predecessor].get(unit, [])
+        requests = self._requests[predecessor].setdefault(unit, [])
+        named = UnitName.parse(unit)
+        if len(requests) < count and named is not None:  # a tunnel there is in use again after a silence
+            requests += self._dispatcher.inherit(named, count - len(requests), None)
         while len(requests) > count:
             self._dispatcher.forgo(requests.pop())
 
@@ -108,7 +111,7 @@ async def relieve(
     command: Sequence[str],
     sockets: Sequence[ListenSocket],
     dispatcher: Dispatcher,
-    servers: Sequence[Server],
+    servers: Sequence[Serving],
     guests: Guests,
     staff: "Staff | None",
     announce: Callable[[int], None],

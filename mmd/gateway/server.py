@@ -8,7 +8,7 @@ close`); those that were accepted but have not spoken yet get `GRACE_S` to do so
 import asyncio
 import logging
 import socket
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 
 from mmd.config import Gateway
 from mmd.gateway.relay.client import ClientConnection
@@ -18,11 +18,9 @@ from mmd.gateway.relay.exchange import Exchange
 from mmd.gateway.relay.head import RequestHead
 from mmd.gateway.relay.inference import Inference, InferenceExchange
 from mmd.gateway.relay.routing import ROUTES, find_route
+from mmd.gateway.serving import Heir
 
-__all__ = ["BACKLOG", "GRACE_S", "Heir", "Server"]
-
-Heir = Callable[[int, bytes, bool | None], None]
-"""Takes a connection: its descriptor, what was read of it, and whether the event stream that has begun on it is chunked."""
+__all__ = ["BACKLOG", "GRACE_S", "Server"]
 
 _log = logging.getLogger(__name__)
 
@@ -100,7 +98,7 @@ class Server:
             _log.info("a connection could not be taken over: %s", error)
             connection.close()
 
-    def hand_over(self, heir: "Heir") -> None:
+    def hand_over(self, heir: Heir) -> None:
         """Accept nothing more, and send every connection to `heir` as soon as it waits for nothing here."""
         self.heir = heir
         for listener in self._listeners:

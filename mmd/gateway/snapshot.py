@@ -109,6 +109,8 @@ class Snapshot:
             aliases=model.aliases,
             description=model.description,
             url=model.url or "",
+            port=model.port or "",
+            port_protocol=str(model.port_protocol) if model.port else "",
             instances=tuple(self._instance(instance) for instance in sorted(instances, key=lambda i: i.unit)),
             vram_bytes=vram_bytes(model),
             gpus=model.gpu_count,

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 import mmd
-from mmd.config import EngineKind, Gpus, Health, Idle, Limits, Listen, Model, Replicas, Sim
+from mmd.config import EngineKind, Filters, Gpus, Health, Idle, Limits, Listen, Model, PortProtocol, Replicas, Sim
 from mmd.load import load_text
 from mmd.scope import Scope
 from mmd.units import definition, model_unit, render_units
@@ -176,7 +176,8 @@ _OTHER: dict[str, Any] = {
     "resources": {"r": 1.0}, "sleep_level": 0, "idle": Idle(5.0), "replicas": Replicas(1, 2),
     "wake_on_request": False, "pin": True, "preload": True,
     "priority": 3, "concurrency": 4, "queue_limit": 3,
-    "health": Health("/h"), "restart_on_connection_failure": False, "limits": Limits(5),
+    "health": Health("/h"), "restart_on_connection_failure": False,
+    "port": "/p", "port_protocol": PortProtocol.TCP, "lora": {"l": "/l"}, "filters": Filters(("f",)), "limits": Limits(5),
     "description": "d", "url": "u", "command": ("/c",), "workdir": Path("/w"), "listen": Listen.UNIX, "listen_port": 5,
     "stop_command": ("/s",), "endpoint": "http://127.0.0.1:1", "sim": Sim(9.0), "source": Path("/s"), "line": 3,
 }  # fmt: skip

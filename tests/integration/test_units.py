@@ -32,6 +32,10 @@ def test_reload_is_sandboxed() -> None:
     assert exposure(UNITS / "mmd-reload.service") <= 2.0
 
 
+def test_the_one_that_hands_ports_over_is_sandboxed() -> None:
+    assert exposure(UNITS / "mmd-port@.service") <= 1.5
+
+
 def test_probe_is_sandboxed() -> None:
     assert exposure(UNITS / "mmd-gpu-probe@.service") <= 2.0
 
@@ -47,7 +51,7 @@ def units(booted: Testbed) -> Testbed:
         booted.write(f"/usr/lib/mmd/bin/{program}", "#!/bin/sh\n", mode=0o755)
     socket = "[Socket]\nListenStream=/run/mmd/{0}.sock\nService=mmd-gateway.service\n"
     for directory in ("system", "user"):
-        for name in ("mmd-gateway", "mmd-admin"):
+        for name in ("mmd-gateway", "mmd-admin", "mmd-port-i"):  # i: the instance by which a template is verified
             booted.write(f"/etc/systemd/{directory}/{name}.socket", socket.format(name))
     packaging = CHECKOUT / "packaging"
     booted.write("/usr/lib/sysusers.d/mmd.conf", (packaging / "sysusers.d/mmd.conf").read_text())

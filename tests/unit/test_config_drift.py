@@ -118,7 +118,7 @@ def test_defaults_of_models_in_the_table_are_those_that_take_effect() -> None:
 
 def test_the_normative_keys_are_known() -> None:
     later = {".".join(path) for section in (TOP, MODEL) for path, entry in walk(section) if isinstance(entry, Later)}
-    assert later == {"port", "port_protocol"}
+    assert later == set()
 
 
 def test_validate_places_what_it_finds() -> None:

@@ -140,7 +140,39 @@ MISTAKES = [
     ("resources: {Scratch: 1}", "1: resources.Scratch: 'Scratch' is not a resource name"),
     ("defaults: {id: x}", "1: defaults.id: unknown key"),
     ("models: {a: {engine: sglang}}", "1: models.a.engine: not yet supported: sglang (use vllm or sim or command or external)"),
-    ("models: {a: {gpus: 0, port: '127.0.0.1:1'}}", "1: models.a.port: not yet supported: port"),
+    ("defaults: {port: '127.0.0.1:1'}", "1: defaults.port: unknown key"),
+    ("models: {a: {gpus: 0, port: 8081}}", "1: models.a.port: 8081 is not an address (write 127.0.0.1:8000"),
+    ("models: {a: {gpus: 0, port: '[::1::]:80'}}", "1: models.a.port: [::1::]:80 is not an IPv6 address and a port"),
+    (f"models: {{a: {{gpus: 0, port: /{'x' * 107}}}}}", "1: models.a.port: a socket's path has at most 107 bytes"),
+    ("models: {a: {gpus: 0, port_protocol: tcp}}", '1: models.a.port_protocol: needs a port (such as port: "127.0.0.1:8081")'),
+    (
+        "models: {a: {engine: external, endpoint: 'https://x', port: /p, port_protocol: tcp}}",
+        "1: models.a.port_protocol: tcp does not reach an endpoint that speaks TLS (write http)",
+    ),
+    (
+        "models: {a: {gpus: 0, port: '0.0.0.0:8000'}}",
+        "1: models.a.port: 0.0.0.0:8000 is taken by gateway.listen, 127.0.0.1:8000 (choose another port)",
+    ),
+    (
+        "models: {a: {gpus: 0, port: 'localhost:8001'}}",
+        "1: models.a.port: localhost:8001 is taken by gateway.admin_listen, 127.0.0.1:8001",
+    ),
+    (
+        "models: {a: {gpus: 0, port: '[::1]:81'}, b: {gpus: 0, port: '[0::1]:81'}}",
+        "1: models.b.port: [0::1]:81 is taken by the port of a, [::1]:81 (choose another port)",
+    ),
+    (
+        "models: {a: {engine: command, command: [/x], gpus: 0, listen: tcp:81, port: '[::]:81'}}",
+        "1: models.a.port: [::]:81 is where its engine listens (write listen: tcp, and a free port is chosen for it)",
+    ),
+    (
+        "models: {a: {gpus: 0, port: '127.0.0.1:81'}, b: {engine: command, command: [/x], gpus: 0, listen: tcp:81}}",
+        "1: models.b.listen: tcp:81 is taken by the port of a, 127.0.0.1:81 (write tcp: a free port is chosen)",
+    ),
+    (
+        "models: {a: {engine: command, command: [/x], gpus: 0, listen: tcp:81}, b: {gpus: 0, port: '127.0.0.1:81'}}",
+        "1: models.b.port: 127.0.0.1:81 is taken by the engine of a, listen: tcp:81 (choose another port)",
+    ),
     ("models: {a: {gpus: 0, filters: {drop: [x]}}}", "1: models.a.filters.drop: unknown key"),
     ("models: {a: {}}", "1: models.a.vram: needed by a model that uses a GPU"),
     ("models: {a: {engine: command, gpus: 0}}", "1: models.a.command: needed by engine command"),

@@ -182,6 +182,39 @@ def test_reload_names_the_sockets_that_listen_elsewhere_now(machine: Machine) ->
     assert "  systemctl --user stop mmd-admin-tcp.socket" in lines
 
 
+def test_reload_moves_the_ports_of_models(machine: Machine) -> None:
+    others = [("mmd-gateway.socket", "loaded", "active", "127.0.0.1:8000"), ("mmd-admin.socket", "loaded", "active", "/a.sock")]
+    machine.sockets(
+        "before",
+        *others,
+        ("mmd-port-same.socket", "loaded", "active", "127.0.0.1:8080"),
+        ("mmd-port-a.socket", "loaded", "active", "127.0.0.1:8081"),
+        ("mmd-port-b.socket", "loaded", "active", "127.0.0.1:8082"),
+        ("mmd-port-gone.socket", "loaded", "active", "127.0.0.1:8083"),
+    )
+    after = [
+        ("mmd-port-same.socket", "loaded", "active", "127.0.0.1:8080"),
+        ("mmd-port-a.socket", "loaded", "active", "127.0.0.1:8082"),
+        ("mmd-port-b.socket", "loaded", "active", "127.0.0.1:8081"),
+        ("mmd-port-gone.socket", "not-found", "active", "127.0.0.1:8083"),
+        ("mmd-port-new.socket", "loaded", "inactive", "127.0.0.1:8084"),
+    ]
+    machine.sockets("after", *others, *after)
+    with serving(Gateway(example(time.time())), machine.socket):
+        result = machine.run("reload")
+        asked = machine.asked()
+        (machine.root / "asked").unlink()
+        machine.sockets("after", ("mmd-gateway.socket", "loaded", "inactive", "127.0.0.1:8000"), others[1], *after)
+        assert machine.run("reload").returncode == 0
+    assert (result.returncode, len(result.stdout.splitlines())) == (0, 1)
+    assert asked == [
+        "--user daemon-reload",
+        "--user stop mmd-port-a.socket mmd-port-b.socket mmd-port-gone.socket",
+        "--user start mmd-port-a.socket mmd-port-b.socket mmd-port-new.socket",
+    ]
+    assert not [line for line in machine.asked() if "start" in line], "nobody is to connect"
+
+
 def test_reload_without_a_gateway_or_without_its_socket(machine: Machine) -> None:
     unreachable = machine.run("reload")
     assert unreachable.returncode == 0

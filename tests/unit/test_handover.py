@@ -3,6 +3,7 @@
 import asyncio
 import os
 import socket
+import sys
 from collections.abc import Awaitable, Callable
 
 import msgspec
@@ -12,6 +13,7 @@ import uvloop
 from mmd.gateway.channel import Channel
 from mmd.gateway.handover import Client, Predecessor, Successor, Taken, UnitTaken
 from mmd.gateway.relay.head import RequestParser
+from mmd.systemd.activation import ListenSocket
 
 
 class Note(msgspec.Struct, frozen=True, tag=True):
@@ -131,6 +133,32 @@ def test_a_client_goes_over_with_what_was_read_of_it() -> None:
                 each.close()
         predecessor.close()
         successor.dismiss()
+
+    run(scenario)
+
+
+_FRESH = """
+import asyncio, socket, sys
+from mmd.gateway.handover import Predecessor
+
+async def main():
+    predecessor = Predecessor(socket.socket(fileno=int(sys.argv[2])))
+    found = await predecessor.sockets
+    assert [(each.name, each.socket.family) for each in found] == [(f"mmd-port-{n}", socket.AF_UNIX) for n in range(150)]
+    predecessor.prepared()
+    await asyncio.sleep(0.1)
+
+asyncio.run(main())
+"""
+
+
+def test_more_sockets_than_a_message_has_room_for() -> None:
+    async def scenario() -> None:
+        gone = asyncio.Event()
+        with socket.socket(socket.AF_UNIX) as listening:
+            sockets = [ListenSocket(f"mmd-port-{number}", listening) for number in range(150)]
+            await Successor(gone.set).start((sys.executable, "-c", _FRESH), sockets)
+        await gone.wait()
 
     run(scenario)
 

@@ -210,14 +210,16 @@ class InferenceExchange(WaitingExchange):
         super().withdraw()
 
     def _send(self, connections: EngineConnections, connection: EngineConnection) -> None:
-        request, body = self.request, self._request
+        request, body, host = self.request, self._request, connections.host
+        if self._route.keeps_host and self._model is not None and self._model.engine is EngineKind.COMMAND:
+            host = request.host or host
         framed = body or self.length is not None
         framing = b"Content-Length: " + str(len(body)).encode() + b"\r\n" if framed else self._unframed()
         head = b"%b %b%b HTTP/1.1\r\nHost: %b\r\n%b%b\r\n" % (  # nothing but %b, which mypyc joins by itself
             request.method,
             connections.prefix,
             self._target,
-            connections.host,
+            host,
             request.engine_lines,
             framing,
         )

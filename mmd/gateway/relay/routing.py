@@ -19,7 +19,7 @@ from mmd.gateway.relay.head import RequestHead, ResponseHead
 from mmd.gateway.relay.kept import KeptAnswers
 from mmd.gateway.relay.location import relocate
 
-__all__ = ["ROUTES", "Aim", "Route", "UnknownAnswerError", "find_route", "not_taken"]
+__all__ = ["ROUTES", "Aim", "Route", "UnknownAnswerError", "find_route", "not_taken", "permitted"]
 
 _POST: Final = frozenset((b"POST",))
 _GET: Final = frozenset((b"GET", b"HEAD"))
@@ -79,6 +79,8 @@ class Route:
         self.answers_are_kept = answers_are_kept
         self.for_workers = True
         """Whether any process can tell the model."""
+        self.keeps_host = False
+        """Whether a program (`command`) gets the client's Host: its pages compare that with the Origin of what they ask."""
 
     def aim(self, request: RequestHead, body: bytes, config: Config, kept: KeptAnswers) -> Aim:
         """ApiError 400 or 404 when the request names no model that exists."""
@@ -87,6 +89,10 @@ class Route:
     def aim_at(self, model: Model, request: RequestHead, body: bytes, target: bytes) -> Aim:
         """The same request, for `model`, of which the path has told: what it says of a model itself is no matter."""
         return model, False, body, target
+
+    def named(self, request: RequestHead, body: bytes) -> object:
+        """The model that the request names, as it came: most of the time text, or None; ApiError 400 when it cannot be read."""
+        return None
 
     def lines(self, request: RequestHead, target: bytes, host: bytes, head: ResponseHead) -> bytes:
         """The lines of an answer's head that tells of another place; `target`, `host`: what the engine was asked for."""
@@ -111,6 +117,9 @@ class ByBody(Route):
         if model is not None:
             return model, found.stream is True, body, request.target
         return self.aim_at(_named(name, config), request, body, request.target)
+
+    def named(self, request: RequestHead, body: bytes) -> object:
+        return find_names(body).model
 
     def _learn(self, config: Config) -> None:
         self._config, self._as_it_is = config, {}
@@ -144,6 +153,10 @@ class ByForm(Route):
             body = _spliced(body, start, end, name, _name_at_engine(model, name))
         return model, stream, body, target
 
+    def named(self, request: RequestHead, body: bytes) -> object:
+        (start, end), _ = _form(request, body)
+        return body[start:end].decode("utf-8", "replace")
+
 
 def _form(request: RequestHead, body: bytes) -> tuple[Span, bool]:
     """Where a form names its model, (0, 0) where it does not, and whether it asks for a stream."""
@@ -176,6 +189,9 @@ class ByQuery(Route):
         name = query.find(target.partition(b"?")[2], "model")
         return self._renamed(model, name, body, target)
 
+    def named(self, request: RequestHead, body: bytes) -> object:
+        return query.find(request.target.partition(b"?")[2], "model")
+
     def _renamed(self, model: Model, name: str, body: bytes, target: bytes) -> Aim:
         at_engine = _name_at_engine(model, name)
         if name not in ("", at_engine):
@@ -197,6 +213,9 @@ class ByMethod(Route):
 
     def aim_at(self, model: Model, request: RequestHead, body: bytes, target: bytes) -> Aim:
         return self._way(request).aim_at(model, request, body, target)
+
+    def named(self, request: RequestHead, body: bytes) -> object:
+        return self._way(request).named(request, body)
 
     def _way(self, request: RequestHead) -> Route:
         return self._post if request.method == b"POST" else self._get
@@ -224,7 +243,7 @@ class ByPath(Route):
     def _aim(self, model: Model, request: RequestHead, body: bytes, target: bytes, *, bare: bool) -> Aim:
         """`bare`: nothing follows the name."""
         if model.engine not in (EngineKind.COMMAND, EngineKind.EXTERNAL):
-            return _permitted(model, request, target).aim_at(model, request, body, target)
+            return permitted(model, request, target).aim_at(model, request, body, target)
         if bare and request.method in _GET and not request.websocket:  # what a page there refers to is below it, not beside it
             path, question, parameters = request.target.partition(b"?")
             place = (path + b"/" + question + parameters).decode("latin-1")
@@ -259,7 +278,7 @@ class ById(Route):
         return model, stream, body, target
 
 
-def _permitted(model: Model, request: RequestHead, target: bytes) -> Route:
+def permitted(model: Model, request: RequestHead, target: bytes) -> Route:
     """The route of a path at an engine of ours; 404 for what clients may not reach there."""
     path = target.partition(b"?")[0]
     route = ROUTES.get(path)

@@ -16,7 +16,7 @@ from mmd.config import Config
 from mmd.gateway.channel import connection_of, in_memory
 from mmd.gateway.dispatcher import Dispatcher
 from mmd.gateway.relay.inference import Inference
-from mmd.gateway.server import Heir
+from mmd.gateway.serving import Heir
 from mmd.gateway.workers.desk import Desk
 from mmd.gateway.workers.lessor import Lessor
 from mmd.gateway.workers.messages import (

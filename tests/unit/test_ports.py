@@ -1,0 +1,324 @@
+"""Models' own ports: sockets that are handed over by the program that systemd runs, and what HTTP ones do with requests."""
+
+import asyncio
+import json
+import os
+import socket
+import sys
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+from relay_gateway import OK, Connection, Running, Script, engine, gateway, run, until
+
+from mmd.config import Config, EngineKind, Filters, Model, PortProtocol
+from mmd.gateway.ports import Ports, is_port
+from mmd.gateway.relay.head import RequestParser
+from mmd.gateway.relay.kept import KeptAnswers
+from mmd.gateway.relay.port_route import PortRoute
+from mmd.gateway.serving import Serving
+from mmd.systemd.activation import ListenSocket
+
+
+@dataclass
+class Site:
+    running: Running
+    ports: Ports
+    servers: list[Serving]
+    path: Path
+
+    async def configure(self, models: Mapping[str, Model]) -> None:
+        self.running.dispatcher.reconfigure(Config(models=models), {}, 1 << 40)
+        await self.ports.arrange()
+
+    async def unit(self, verb: str, unit_id: str, listening: socket.socket | None = None) -> int:
+        """What mmd-port@.service runs; its exit status."""
+        command = 'export LISTEN_PID=$$; exec "$@"' + ("" if listening is None else f" 3<&{listening.fileno()}")
+        argv = (sys.executable, "-I", "-m", "mmd.systemd.handport", verb, unit_id, str(self.path))
+        passed = () if listening is None else (listening.fileno(),)
+        process = await asyncio.create_subprocess_exec("/bin/bash", "-c", command, "sh", *argv, pass_fds=passed)
+        return await process.wait()
+
+
+@asynccontextmanager
+async def site(
+    path: Path, serve: Callable[..., Awaitable[None]], sockets: tuple[ListenSocket, ...] = (), workers: int = 0
+) -> AsyncIterator[Site]:
+    async with engine(path / "engine.sock", serve) as endpoint, gateway({"m": endpoint}, workers=workers) as running:
+        servers: list[Serving] = []
+        ports = Ports(running.dispatcher, running.inference, servers, path / "ports.sock", sockets)
+        ports.prepare()
+        for server in servers:
+            await server.start()
+        await ports.listen()
+        try:
+            yield Site(running, ports, servers, path / "ports.sock")
+        finally:
+            await ports.hold()
+            for server in tuple(servers):
+                await server.stop_accepting()
+                await server.drain(0)
+            ports.close()
+            await asyncio.sleep(0.05)
+
+
+def model(port: str, protocol: PortProtocol = PortProtocol.HTTP, name: str = "m", unit_id: str = "m") -> dict[str, Model]:
+    return {name: Model(name, unit_id, EngineKind.SIM, gpus=0, port=port, port_protocol=protocol)}
+
+
+def address(listening: socket.socket) -> str:
+    return "{}:{}".format(*listening.getsockname())
+
+
+async def ask(listening: socket.socket, body: bytes = b"{}", path: bytes = b"/v1/chat/completions") -> tuple[int, bytes]:
+    """Or, where the kernel alone answers, a TimeoutError."""
+    reader, writer = await asyncio.open_connection(*listening.getsockname()[:2])
+    connection = Connection(reader, writer)
+    try:
+        async with asyncio.timeout(1):
+            status, _, content = await connection.ask(
+                b"POST %b HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n%b" % (path, len(body), body)
+            )
+    finally:
+        writer.transport.abort()
+    return status, content
+
+
+@pytest.mark.parametrize("workers", [0, 2], ids=["alone", "workers"])
+def test_a_port_is_handed_over_served_moved_and_closed(tmp_path: Path, workers: int) -> None:
+    async def work() -> None:
+        first, second = (socket.create_server(("127.0.0.1", 0)) for _ in range(2))
+        async with site(tmp_path, Script(), workers=workers) as there:
+            assert await there.unit("open", "m", first) == 0
+            with pytest.raises(TimeoutError):  # the configuration knows of no port
+                await ask(first)
+            await there.configure(model(address(first)))
+            assert await ask(first) == (200, OK)
+            await there.configure(model(address(second)))
+            with pytest.raises(TimeoutError):
+                await ask(first)
+            assert await there.unit("open", "m", second) == 0
+            assert await ask(second) == (200, OK)
+            first_address = first.getsockname()
+            first.close()
+            with pytest.raises(ConnectionRefusedError):
+                await asyncio.open_connection(*first_address)
+            assert await there.unit("close", "m") == 0
+            assert there.ports.sockets[1:] == ()
+            second.close()
+            await until(lambda: not there.servers)
+
+    run(work())
+
+
+def test_a_change_of_protocol_or_name_leaves_what_is_under_way(tmp_path: Path) -> None:
+    async def slow(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.readuntil(b"\r\n\r\n")
+        writer.write(b"HTTP/1.1 200 OK\r\nContent-Length: 4\r\n\r\nsl")
+        await asyncio.sleep(0.6)
+        writer.write(b"ow")
+        await reader.read(-1)
+
+    async def work() -> None:
+        listening = socket.create_server(("127.0.0.1", 0))
+        async with site(tmp_path, slow) as there:
+            await there.configure(model(address(listening)))
+            assert await there.unit("open", "m", listening) == 0
+            under_way = asyncio.create_task(ask(listening))
+            await until(lambda: there.running.in_flight == 1)
+            await there.configure(model(address(listening), PortProtocol.TCP))
+            reader, writer = await asyncio.open_connection(*listening.getsockname())
+            writer.write(b"no HTTP at all\r\n\r\n")
+            assert (await reader.readexactly(8)).startswith(b"HTTP/1.1")
+            assert await under_way == (200, b"slow")
+            await until(lambda: len(there.servers) == 1)
+            await there.configure(model(address(listening), name="renamed"))
+            writer.transport.abort()
+            await until(lambda: len(there.servers) == 1)
+        listening.close()
+
+    run(work())
+
+
+def test_the_next_gateway_inherits_ports_and_who_hands_over_meanwhile_is_heard_by_it(tmp_path: Path) -> None:
+    async def work() -> None:
+        first, second = (socket.create_server(("127.0.0.1", 0)) for _ in range(2))
+        async with site(tmp_path, Script()) as old:
+            await old.configure(model(address(first)))
+            assert await old.unit("open", "m", first) == 0
+            await old.ports.hold()
+            late = asyncio.create_task(old.unit("open", "n", second))
+            inherited = tuple(ListenSocket(each.name, each.socket.dup()) for each in old.ports.sockets)
+            assert [each.name for each in inherited] == ["mmd-ports", "mmd-port-m"]
+            assert all(is_port(each.name) for each in inherited)
+            old.servers[0].hand_over(lambda *_: None)
+            old.ports.close()
+            (tmp_path / "next").mkdir()
+            async with site(tmp_path / "next", Script(), inherited) as new:
+                models = {**model(address(first)), **model(address(second), name="n", unit_id="n")}
+                await new.configure(models)
+                assert await ask(first) == (200, OK)
+                assert await late == 0
+                assert [each.name for each in new.ports.sockets][1:] == ["mmd-port-m", "mmd-port-n"]
+                assert len(new.servers) == 2
+        first.close()
+        second.close()
+
+    run(work())
+
+
+def test_without_a_gateway_there_is_nothing_to_close(tmp_path: Path) -> None:
+    async def work() -> None:
+        async with site(tmp_path, Script()) as there:
+            there.path.unlink()
+            with socket.create_server(("127.0.0.1", 0)) as listening:
+                assert await there.unit("open", "m", listening) == 1
+            assert await there.unit("close", "m") == 0
+            there.path.touch()
+
+    run(work())
+
+
+def test_a_unix_socket_and_an_ipv6_address(tmp_path: Path) -> None:
+    async def work() -> None:
+        unix = socket.socket(socket.AF_UNIX)
+        unix.bind(str(tmp_path / "m.sock"))
+        unix.listen()
+        six = socket.create_server(("::1", 0), family=socket.AF_INET6)
+        async with site(tmp_path, Script()) as there:
+            models = {
+                **model(str(tmp_path / "m.sock")),
+                **model(f"[0:0::1]:{six.getsockname()[1]}", name="n", unit_id="n"),
+            }
+            await there.configure(models)
+            assert await there.unit("open", "m", unix) == 0
+            assert await there.unit("open", "n", six) == 0
+            assert {server.name for server in there.servers} == {"mmd-port-m", "mmd-port-n"}
+        unix.close()
+        six.close()
+
+    run(work())
+
+
+# What an HTTP port does with a request.
+
+_CONFIG = Config(
+    models={
+        "m": Model("m", "m", EngineKind.SIM, gpus=0, aliases=("mine",), lora={"adapter": "/a"}),
+        "strict": Model("strict", "strict", EngineKind.SIM, gpus=0, filters=Filters(("x",), {"y": 1})),
+        "other": Model("other", "other", EngineKind.SIM, gpus=0, aliases=("theirs",)),
+        "prog": Model("prog", "prog", EngineKind.COMMAND, gpus=0, aliases=("p",)),
+        "ext": Model("ext", "ext", EngineKind.EXTERNAL, gpus=0, model="inner", endpoint="http://127.0.0.1:1"),
+    }
+)
+_CHAT = "/v1/chat/completions"
+
+
+def aimed(name: str, target: str, body: bytes = b"", *, method: str = "POST", content_type: str = "") -> tuple[str, bytes]:
+    """The target and the body that the engine gets; ApiError."""
+    parser = RequestParser()
+    more = f"Content-Type: {content_type}\r\n" if content_type else ""
+    parser.parse(f"{method} {target} HTTP/1.1\r\nHost: x\r\n{more}Content-Length: {len(body)}\r\n\r\n".encode())
+    model, _, body, target_at_engine = PortRoute(name).aim(parser.head, body, _CONFIG, KeptAnswers())
+    assert model.name == name
+    return target_at_engine.decode(), body
+
+
+@pytest.mark.parametrize(
+    ("name", "said", "asked"),
+    [
+        ("m", {}, {"model": "m"}),
+        ("m", {"model": ""}, {"model": "m"}),
+        ("m", {"model": "mine"}, {"model": "m"}),
+        ("m", {"model": "adapter"}, {"model": "adapter"}),
+        ("m", {"model": "gpt-4", "stream": True}, {"model": "m", "stream": True}),
+        ("strict", {"model": "strict", "x": 1, "z": 1}, {"model": "strict", "y": 1, "z": 1}),
+        ("prog", {"model": "p"}, {"model": "prog"}),
+        ("prog", {"model": "its own"}, {"model": "its own"}),
+        ("prog", {"a": 1}, {"a": 1}),
+        ("ext", {"model": "ext"}, {"model": "inner"}),
+        ("ext", {"model": "gpt-4"}, {"model": "inner"}),
+    ],
+)
+def test_names_in_documents(name: str, said: object, asked: object) -> None:
+    target, body = aimed(name, _CHAT, json.dumps(said).encode())
+    assert (target, json.loads(body)) == (_CHAT, asked)
+
+
+@pytest.mark.parametrize("wrong", ["other", "theirs"])
+@pytest.mark.parametrize("name", ["m", "prog"])
+def test_another_model_s_name_is_refused(name: str, wrong: str) -> None:
+    for target, body, content_type in (
+        (_CHAT, json.dumps({"model": wrong}).encode(), ""),
+        (f"/v1/realtime?model={wrong}", b"", ""),
+        ("/v1/audio/transcriptions", form(wrong), "multipart/form-data; boundary=b"),
+    ):
+        with pytest.raises(Exception, match=f"this port serves {name} only, and not '{wrong}'"):
+            aimed(name, target, body, content_type=content_type, method="GET" if "?" in target else "POST")
+
+
+def form(name: str | None) -> bytes:
+    field = b"" if name is None else b'--b\r\nContent-Disposition: form-data; name="model"\r\n\r\n%b\r\n' % name.encode()
+    return field + b'--b\r\nContent-Disposition: form-data; name="file"; filename="x"\r\n\r\ndata\r\n--b--\r\n'
+
+
+def test_names_in_forms_and_queries() -> None:
+    def transcribe(name: str, said: str | None) -> bytes:
+        return aimed(name, "/v1/audio/transcriptions", form(said), content_type="multipart/form-data; boundary=b")[1]
+
+    assert transcribe("m", "whisper-1") == form("m")
+    assert transcribe("m", None) == form(None)
+    assert transcribe("prog", "its-own") == form("its-own")
+    assert aimed("m", "/v1/realtime?model=mine&x=1", method="GET")[0] == "/v1/realtime?model=m&x=1"
+    assert aimed("m", "/v1/realtime", method="GET")[0] == "/v1/realtime"
+    assert aimed("m", "/v1/realtime?model=m", method="GET")[0] == "/v1/realtime?model=m"
+    assert aimed("prog", "/v1/realtime?a=b", method="GET")[0] == "/v1/realtime?a=b"
+
+
+def test_paths_are_those_of_upstream() -> None:
+    for target, method in (("/", "GET"), ("/ui/x?y", "GET"), ("/sleep", "POST"), ("/upstream/x", "PUT"), ("/x", "OPTIONS")):
+        assert aimed("prog", target, b"any", method=method) == (target, b"any")
+    for target, method in (("/", "GET"), ("/sleep", "POST"), ("/upstream/m/v1/models", "GET"), ("//v1/models", "GET")):
+        with pytest.raises(Exception, match="is not open to clients"):
+            aimed("m", target, method=method)
+    assert aimed("m", "/v1/models", method="GET") == ("/v1/models", b"")
+    assert aimed("m", "/v1/responses/resp_1", method="GET")[0] == "/v1/responses/resp_1"
+    assert aimed("prog", _CHAT, os.urandom(99).replace(b"{", b""))[0] == _CHAT, "its own idea of that path"
+    with pytest.raises(Exception, match="the body is not JSON"):
+        aimed("m", _CHAT, b"nonsense")
+    with pytest.raises(Exception, match="has been removed"):
+        aimed("gone", "/")
+
+
+def test_a_large_body_is_refused_in_words(tmp_path: Path) -> None:
+    async def work() -> None:
+        listening = socket.create_server(("127.0.0.1", 0))
+        async with site(tmp_path, Script()) as there:
+            config = Config(models=model(address(listening)))
+            config = config._replace(gateway=config.gateway._replace(max_body_bytes=1000))
+            there.running.dispatcher.reconfigure(config, {}, 1 << 40)
+            assert await there.unit("open", "m", listening) == 0
+            status, content = await ask(listening, b'{"x": "' + b"x" * 2000 + b'"}')
+            assert (status, json.loads(content)["error"]["code"]) == (413, "body_too_large")
+        listening.close()
+
+    run(work())
+
+
+def test_a_program_gets_the_host_that_its_client_asked_for(tmp_path: Path) -> None:
+    async def work() -> None:
+        listening = socket.create_server(("127.0.0.1", 0))
+        script = Script()
+        async with site(tmp_path, script) as there:
+            for kind in (EngineKind.COMMAND, EngineKind.SIM):
+                await there.configure({"m": Model("m", "m", kind, gpus=0, port=address(listening))})
+                if not there.servers:
+                    assert await there.unit("open", "m", listening) == 0
+                assert await ask(listening) == (200, OK)
+            hosts = [head.lower().partition(b"\r\nhost: ")[2].partition(b"\r\n")[0] for head, _ in script.requests]
+            assert hosts == [b"x", b"localhost"]
+        listening.close()
+
+    run(work())
