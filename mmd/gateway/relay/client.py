@@ -8,8 +8,9 @@ from typing import Final, cast
 from mmd.gateway.api_error import ApiError
 from mmd.gateway.relay.exchange import Exchange, error_lines
 from mmd.gateway.relay.framing import Body, Chunked, Length
-from mmd.gateway.relay.head import KnownHeads, MalformedError, RequestHead, RequestParser
+from mmd.gateway.relay.head import MalformedError, RequestHead, RequestParser
 from mmd.gateway.relay.host import Host
+from mmd.gateway.relay.known import KnownHeads
 
 __all__ = ["ClientConnection"]
 
@@ -86,8 +87,13 @@ class ClientConnection(asyncio.Protocol):
         self.write: Callable[[bytes], None] = _discard
 
     @property
+    def exchange(self) -> Exchange | None:
+        """The request in hand."""
+        return self._exchange
+
+    @property
     def busy(self) -> bool:
-        """Whether a request is in hand."""
+        """Whether there is one."""
         return self._exchange is not None
 
     # What asyncio calls.
@@ -257,12 +263,14 @@ class ClientConnection(asyncio.Protocol):
 
     def head(self, lines: bytes, framing: bytes) -> bytes:
         """The head of an answer: its lines, and what concerns this connection."""
+        exchange = self._exchange
+        mark = b"" if exchange is None else exchange.id_line
         if self.close_after or self._host.leaving or self._body is not None:
             self.close_after = True
-            return b"%b%bConnection: close\r\n\r\n" % (lines, framing)
-        if self._exchange is not None and self._exchange.request.version == "1.0":
-            return b"%b%bConnection: keep-alive\r\n\r\n" % (lines, framing)
-        return b"%b%b\r\n" % (lines, framing)
+            return b"%b%b%bConnection: close\r\n\r\n" % (lines, mark, framing)
+        if exchange is not None and exchange.request.version == "1.0":
+            return b"%b%b%bConnection: keep-alive\r\n\r\n" % (lines, mark, framing)
+        return b"%b%b%b\r\n" % (lines, mark, framing)
 
     def answered(self, exchange: Exchange) -> None:
         """The exchange is over."""

@@ -6,21 +6,18 @@ this module refuses: any Transfer-Encoding but exactly `chunked`, one in HTTP/1.
 without its one Host, CONNECT, fragments in the target, and absurd lengths. tests/unit/test_relay_head.py holds each of them.
 
 The parser sees heads only. Where a head ends is found twice, by us (CR LF CR LF) and by llhttp, and both must agree.
-
-A head is a pure function of its bytes, and clients and engines send the same ones again and again: `KnownHeads` remembers what
-came out, with the digits of Content-Length cut out of the key. That saves a third of what a request costs.
 """
 
 from collections.abc import Iterable
-from typing import Final, Generic, TypeVar
+from typing import Final
 
 import httptools
 
 from mmd.errors import MmdError
+from mmd.gateway.relay.request_id import FIELD, id_line, without
 
 __all__ = [
     "HEAD_MAX_BYTES",
-    "KnownHeads",
     "MalformedError",
     "RequestHead",
     "RequestParser",
@@ -34,13 +31,6 @@ _LENGTH_MAX: Final = 1 << 50
 """A petabyte: nobody means more than that."""
 
 _END: Final = b"\r\n\r\n"
-_LENGTH_FIELD: Final = b"\r\ncontent-length: "
-_LENGTH_MARK: Final = b"ength: "
-_LENGTH_DIGITS: Final = 15
-
-# Heads that are remembered, and their size: 256 KiB in all, with what they were parsed to about a MiB.
-_KNOWN_MAX: Final = 128
-_KNOWN_BYTES: Final = 2048
 _METHODS = frozenset((b"GET", b"HEAD", b"POST", b"PUT", b"PATCH", b"DELETE", b"OPTIONS"))
 
 # Hop-by-hop (RFC 9110, 7.6.1), and what whoever writes the head sets anew.
@@ -115,8 +105,8 @@ class _Head:
             self.fields = [field for field in self.fields if field[0] not in self.tokens]
 
 
-# Credentials for us are none of the engine's business, and what it compresses we could not count.
-_NOT_TO_ENGINE = frozenset((b"authorization", b"cookie", b"accept-encoding"))
+# Credentials for us are none of the engine's business, and what it compresses we could not count. The id is written anew.
+_NOT_TO_ENGINE = frozenset((b"authorization", b"cookie", b"accept-encoding", FIELD))
 
 
 class RequestHead(_Head):
@@ -129,18 +119,21 @@ class RequestHead(_Head):
         self.host: bytes | None = None
         self.continues = False
         """The client waits for `100 Continue` before it sends the body."""
+        self.id_line = b""
+        """Its X-Request-Id, if it has one that is sane; it is not among the other lines."""
         self.engine_lines = b""
         """The fields that an engine gets."""
 
-    def written(self, length: int) -> bytes:
-        """The head of the same request with a body of `length` bytes, for another reader."""
+    def written(self, length: int, id_line: bytes = b"") -> bytes:
+        """The head of the same request with a body of `length` bytes, for another reader; `id_line`: the id it was given."""
         connection = b"keep-alive" if self.keep_alive else b"close"
-        return b"%b %b HTTP/%b\r\nHost: %b\r\n%bConnection: %b\r\nContent-Length: %d\r\n\r\n" % (
+        return b"%b %b HTTP/%b\r\nHost: %b\r\n%b%bConnection: %b\r\nContent-Length: %d\r\n\r\n" % (
             self.method,
             self.target,
             self.version.encode(),
             self.host or b"",
-            _lines(self.fields),
+            id_line or self.id_line,
+            _lines(without(self.fields)),
             connection,
             length,
         )
@@ -188,6 +181,7 @@ class RequestHead(_Head):
             raise MalformedError("a target has no fragment")
         self.path = self.target.partition(b"?")[0]
         self.continues = self.continues and version == "1.1"
+        self.id_line = id_line(self.field(FIELD))
         self.engine_lines = _lines(field for field in self.fields if field[0] not in _NOT_TO_ENGINE)
 
     def _origin_form(self) -> None:
@@ -198,6 +192,9 @@ class RequestHead(_Head):
             self.host, self.target = authority, b"/" + path
         elif self.target != b"*" or self.method != b"OPTIONS":
             raise MalformedError("the target is no path")
+
+
+_NOT_TO_CLIENT = frozenset((b"server", FIELD))
 
 
 class ResponseHead(_Head):
@@ -228,77 +225,12 @@ class ResponseHead(_Head):
 
 
 def head_lines(status: int, reason: bytes, fields: Iterable[tuple[bytes, bytes, bytes]]) -> bytes:
-    """The start of an answer's head. Which server there is behind us is nobody's business."""
-    return b"HTTP/1.1 %d %b\r\n%b" % (status, reason, _lines(field for field in fields if field[0] != b"server"))
+    """The start of an answer's head. Which server there is behind us is nobody's business, and the id is ours to tell."""
+    return b"HTTP/1.1 %d %b\r\n%b" % (status, reason, _lines(field for field in fields if field[0] not in _NOT_TO_CLIENT))
 
 
 def _lines(fields: Iterable[tuple[bytes, bytes, bytes]]) -> bytes:
     return b"".join([b"%b: %b\r\n" % (name, value) for _, name, value in fields])
-
-
-_H = TypeVar("_H", RequestHead, ResponseHead)
-
-
-def _number(data: bytes, start: int) -> tuple[int, int]:
-    """The number that begins at `start`, of `_LENGTH_DIGITS` at most, and where it ends: at `start` if there is none."""
-    number, at = 0, start
-    limit = min(len(data), start + _LENGTH_DIGITS)
-    while at < limit and 0x30 <= (digit := data[at]) <= 0x39:  # ASCII; int() alone takes signs, white space and underscores
-        number = 10 * number + digit - 0x30
-        at += 1
-    return number, at
-
-
-class KnownHeads(Generic[_H]):
-    """Heads that have been parsed before, by their bytes without the digits of Content-Length.
-
-    Other digits do not change what any other byte of a head means, so that what llhttp accepted once it would accept again. The
-    key is cut behind the first `ength: ` in it, so that it tells where the digits were.
-    """
-
-    def __init__(self) -> None:
-        self._heads: dict[bytes, _H] = {}
-        self._last: tuple[bytes, bytes, _H] | None = None
-        """Of the head found last: what comes before the digits, what comes behind them, and what it means."""
-
-    def find(self, data: bytes) -> tuple[_H, int | None, int] | None:
-        """The head that `data` begins with, its Content-Length, and where it ends."""
-        if self._last is not None:
-            before, behind, head = self._last
-            at = len(before)
-            if data[:at] == before:
-                length, stop = _number(data, at)
-                end = stop + len(behind)
-                if stop > at and data[stop:end] == behind:
-                    return head, length, end
-        return self._find(data)
-
-    def _find(self, data: bytes) -> tuple[_H, int | None, int] | None:
-        end = data.find(_END) + 4
-        at = data.find(_LENGTH_MARK, 0, end) + 7
-        if at < 7:
-            whole = self._heads.get(data[:end])
-            return None if whole is None else (whole, whole.length, end)
-        length, stop = _number(data, at)
-        head = self._heads.get(data[:at] + data[stop:end])
-        if head is None or stop == at:
-            return None
-        self._last = data[:at], data[stop:end], head
-        return head, length, end
-
-    def learn(self, head: _H, data: bytes) -> None:
-        """Remember the head that `data`, all of it and nothing more, was parsed to."""
-        if len(data) > _KNOWN_BYTES:
-            return
-        at = data.find(_LENGTH_MARK) + 7
-        if at >= 7:
-            stop = data.find(b"\r", at)
-            if data[at - len(_LENGTH_FIELD) : at].lower() != _LENGTH_FIELD or not data[at:stop].isdigit():
-                return
-            data = data[:at] + data[stop:]
-        if len(self._heads) >= _KNOWN_MAX:
-            self._heads.clear()
-        self._heads[data] = head
 
 
 class _Parser:

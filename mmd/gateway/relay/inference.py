@@ -7,16 +7,19 @@ others get a task that waits for admission and connects.
 import asyncio
 import logging
 import re
+import secrets
 from typing import TYPE_CHECKING
 
 from mmd.config import EngineKind, Model
 from mmd.gateway.api_error import ApiError
-from mmd.gateway.relay.counters import USAGE_TAIL_BYTES, Counters
+from mmd.gateway.relay.account import Account
+from mmd.gateway.relay.counters import USAGE_TAIL_BYTES, Counters, tokens_so_far
 from mmd.gateway.relay.engine import EngineConnection, EngineConnections, EngineGoneError
 from mmd.gateway.relay.exchange import Exchange, date_line
 from mmd.gateway.relay.framing import chunk, last_chunk
 from mmd.gateway.relay.gate import Gate, Place
 from mmd.gateway.relay.head import RequestHead, ResponseHead, head_lines
+from mmd.gateway.relay.request_id import own_line
 from mmd.gateway.relay.routing import Route
 from mmd.names import UnitName
 from mmd.quantity import format_size
@@ -53,6 +56,9 @@ class Inference:
         self.counters: dict[str, Counters] = {}
         """By model name."""
         self.loop = asyncio.get_running_loop()
+        self.id_prefix = f"{secrets.token_hex(3)}-".encode()
+        """Of the ids of requests: no other process has the same."""
+        self.last_number = 0
 
     def counters_of(self, model: str) -> Counters:
         counters = self.counters.get(model)
@@ -69,6 +75,9 @@ class InferenceExchange(Exchange):
     ) -> None:
         super().__init__(client, request, length)
         self._shared = shared
+        self.number = shared.last_number = shared.last_number + 1
+        if not self.id_line:
+            self.id_line = own_line(shared.id_prefix, self.number)
         self._route = route
         self._pieces: list[bytes] | None = None
         self._body_size = 0
@@ -164,7 +173,15 @@ class InferenceExchange(Exchange):
         waiting = self.upstream is None and (self._place is None or self._place.waiting)
         if self._model is None or self.over or not waiting or self.request.websocket:
             return None
-        return self.request.written(len(self._body_in)) + self._body_in
+        return self.request.written(len(self._body_in), self.id_line) + self._body_in
+
+    def account(self) -> Account | None:
+        """How it stands; None while it is not known which model it is for."""
+        if self._model is None or self.over:
+            return None
+        state = "waiting" if self.upstream is None else "answering" if self.status else "sent"
+        tokens = tokens_so_far(self._before + self._tail)
+        return Account(self._shared.id_prefix, self.number, self._model, state, self._begun, self._stream, self._sent, tokens)
 
     def withdraw(self) -> None:
         self._model = None  # its counters are the other's
@@ -172,11 +189,12 @@ class InferenceExchange(Exchange):
 
     def _send(self, connections: EngineConnections, connection: EngineConnection) -> None:
         request, body = self.request, self._request
-        head = b"%b %b%b HTTP/1.1\r\nHost: %b\r\n%b%b\r\n" % (
+        head = b"%b %b%b HTTP/1.1\r\nHost: %b\r\n%b%b%b\r\n" % (
             request.method,
             connections.prefix,
             self._target,
             connections.host,
+            self.id_line,
             request.engine_lines,
             b"Content-Length: %d\r\n" % len(body) if body or self.length is not None else self._unframed(),
         )
