@@ -41,6 +41,7 @@ class ApiError(MmdError):
         param: str | None = None,
         retry_after_s: float | None = None,
         tail: tuple[str, ...] = (),
+        allow: str = "",
     ) -> None:
         super().__init__(message)
         self.status = status
@@ -48,6 +49,8 @@ class ApiError(MmdError):
         self.param = param
         self.retry_after_s = retry_after_s
         self.tail = tail
+        self.allow = allow
+        """The methods that the path takes, where that is what is wrong (RFC 9110, 15.5.6)."""
 
     def body(self) -> dict[str, object]:
         """The JSON body; the engine's last log lines, if there are any, end the message."""
@@ -58,6 +61,8 @@ class ApiError(MmdError):
     def headers(self) -> dict[str, str]:
         if self.retry_after_s is not None:
             return {"Retry-After": str(max(1, math.ceil(self.retry_after_s)))}
+        if self.allow:
+            return {"Allow": self.allow}
         return {"x-should-retry": "false"} if self.status >= 500 or self.status == 409 else {}
 
     def content(self) -> bytes:

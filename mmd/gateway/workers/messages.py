@@ -11,15 +11,18 @@ __all__ = [
     "Ask",
     "AskStage",
     "Begin",
+    "CancelRequest",
     "Configured",
     "Connection",
     "Counted",
     "Drained",
     "Finish",
+    "Found",
     "GiveBack",
     "Kept",
     "Lease",
     "Leave",
+    "ListRequests",
     "Lost",
     "Pulse",
     "Refused",
@@ -195,5 +198,38 @@ class Finish(msgspec.Struct, frozen=True, tag=True):
     timeout_s: float
 
 
-ToWorker = Begin | Accept | Configured | Lease | Revoke | Admitted | Refused | Stage | Connection | Leave | Finish
-ToDecider = Revoked | Drained | Kept | Ask | Lost | GiveBack | AskStage | Connection | Pulse
+class ListRequests(msgspec.Struct, frozen=True, tag=True):
+    """Which requests are in hand? Answered by Found."""
+
+    number: int
+
+
+class CancelRequest(msgspec.Struct, frozen=True, tag=True):
+    """End the one with this id, if it is yours. Answered by Found."""
+
+    number: int
+    request: str
+
+
+class Found(msgspec.Struct, frozen=True, tag=True):
+    """The requests that were asked for. Descriptor: a memory file with JSON, a list of mmd.status.RequestStatus."""
+
+    number: int
+
+
+ToWorker = (
+    Begin
+    | Accept
+    | Configured
+    | Lease
+    | Revoke
+    | Admitted
+    | Refused
+    | Stage
+    | Connection
+    | Leave
+    | Finish
+    | ListRequests
+    | CancelRequest
+)
+ToDecider = Revoked | Drained | Found | Kept | Ask | Lost | GiveBack | AskStage | Connection | Pulse
