@@ -281,6 +281,9 @@ class RequestStatus:
     key: str = ""
     """The name of the API key that it came with."""
 
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
     @classmethod
     def from_json(cls, raw: Mapping[str, Any]) -> "RequestStatus":
         return _read(cls, raw)

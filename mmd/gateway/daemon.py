@@ -17,7 +17,6 @@ from mmd.config import AdminAuth, Config, EngineKind
 from mmd.errors import MmdError
 from mmd.events import GatewayReplaced, GatewayStarted, Reloaded
 from mmd.gateway.admin import AdminApi
-from mmd.gateway.admin.route import Route
 from mmd.gateway.api_error import ApiError
 from mmd.gateway.application import ApplicationServer
 from mmd.gateway.dispatcher import Dispatcher
@@ -126,8 +125,9 @@ class Daemon:
 
     def _make_servers(self) -> None:
         api = OpenAiApi(self.dispatcher)
-        admin = [route.definition() for route in self._admin.routes]
-        over_tcp = [_read_only(route, self.dispatcher) for route in self._admin.routes]
+        admin = [self._admin.definition(route) for route in self._admin.routes]
+        readable = (route.method == "GET" and not route.private for route in self._admin.routes)
+        over_tcp = [each if ok else _guarded(each, self.dispatcher) for each, ok in zip(admin, readable, strict=True)]
         routes = {
             "mmd-api": api.routes(),
             "mmd-admin": [*api.routes(), *admin],
@@ -270,11 +270,8 @@ def _definitions(config: Config) -> dict[str, str]:
     return {model.name: definition(model, gpus=config.gpus) for model in units}
 
 
-def _read_only(described: Route, dispatcher: Dispatcher) -> web.RouteDef:
+def _guarded(route: web.RouteDef, dispatcher: Dispatcher) -> web.RouteDef:
     """Over TCP nobody is known yet: what changes anything, or is private, is refused unless gateway.admin_auth is open."""
-    route = described.definition()
-    if route.method == "GET" and not described.private:
-        return route
 
     async def guarded(request: web.Request) -> web.StreamResponse:
         if dispatcher.config.gateway.admin_auth is not AdminAuth.OPEN:

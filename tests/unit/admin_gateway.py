@@ -96,7 +96,7 @@ async def administered(folder: Path, serve: Engine, *, workers: int = 0, **optio
             census=lambda: None if staff is None else staff.census,
         )
         made.append(api)
-        return [route.definition() for route in api.routes]
+        return [api.definition(route) for route in api.routes]
 
     async with (
         engine(folder / "engine.sock", serve) as endpoint,

@@ -112,9 +112,9 @@ def test_operations_say_how_they_went(tmp_path: Path) -> None:
     async def check(admin: Administered) -> None:
         assert (await admin.operate(f"{MODEL}/start"))["message"] == "is ready already"
         await admin.operate(f"{MODEL}/sleep", level=1)
-        assert isinstance(admin.running.lifecycle.actions[-1], Sleep)
+        assert Sleep in map(type, admin.running.lifecycle.actions)
         assert (await admin.operate(f"{MODEL}/stop", force=False))["state"] == "stopped"
-        assert isinstance(admin.running.lifecycle.actions[-1], Stop)
+        assert Stop in map(type, admin.running.lifecycle.actions)
         assert (await admin.operate(f"{MODEL}/restart"))["state"] == "ready"
         assert (await admin.operate(f"{MODEL}/reset"))["ok"]
 

@@ -65,6 +65,11 @@ class AdminApi:
             Route("GET", "/api/v1/gpus", self.gpus, "The GPUs", ApiResponse("Their memory, and who may have it.", Gpus)),
         ]
 
+    def definition(self, route: Route) -> web.RouteDef:
+        """The place of one of `routes` in an application."""
+        others = {other.path.removeprefix(route.path) for other in self.routes if other.path.startswith(f"{route.path}/")}
+        return route.definition(sorted(others))
+
     def end_streams(self) -> None:
         """Let those who follow events and logs come back, to the next gateway."""
         self._closing.set()

@@ -59,7 +59,7 @@ class ConfigurationRoutes:
                 self.check,
                 "Check a configuration",
                 ApiResponse("What is wrong with it.", Checked),
-                body=Body("A whole mmd.yaml, in YAML; without it, the installed files are checked.", str, _YAML),
+                body=Body("A whole mmd.yaml, in YAML; without it, the installed files are checked.", Any, _YAML),
                 errors=(413, 415, 429, 503),
             ),
             Route(

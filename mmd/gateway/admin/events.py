@@ -45,7 +45,7 @@ class EventRoutes:
 
     async def events(self, request: web.Request) -> web.StreamResponse:
         follow, most = flag(request, "follow"), number(request, "lines", _MOST, _MOST)
-        last = request.headers.get("Last-Event-ID")
+        last = request.headers.get("Last-Event-ID") or None
         stream = EventStream(request)
         with self._log.listening() as listener:
             kept, complete = self._log.since(last)  # with nothing between: what comes later, the listener has

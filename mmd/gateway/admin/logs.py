@@ -5,7 +5,7 @@ import re
 from asyncio import Event as Closing
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Final
 
 from aiohttp import web
@@ -42,6 +42,7 @@ class LogRoutes:
 
     def routes(self) -> list[Route]:
         model = Parameter("model", "Of this model, by name, alias or unit id; without it, of all of mmd.", {"type": "string"})
+        cursor = replace(LAST_EVENT_ID, schema={"type": "string", "pattern": f"^({_CURSOR.pattern})?$"})
         return [
             Route(
                 "GET",
@@ -50,7 +51,7 @@ class LogRoutes:
                 "The log",
                 ApiResponse("Server-sent events: `data` is a LogLine, `id` its cursor in the journal.", LogLine, EVENT_STREAM),
                 description="What systemd says of a model's units is among it. An event `error` says that no more can be read.",
-                parameters=(model, FOLLOW, lines("The last so many.", _LINES_MAX, _LINES), LAST_EVENT_ID),
+                parameters=(model, FOLLOW, lines("The last so many.", _LINES_MAX, _LINES), cursor),
                 errors=(404, 429, 503),
                 private=True,  # engines may log what they are asked
             )
@@ -58,8 +59,8 @@ class LogRoutes:
 
     async def logs(self, request: web.Request) -> web.StreamResponse:
         follow, most = flag(request, "follow"), number(request, "lines", _LINES, _LINES_MAX)
-        name, cursor = request.query.get("model"), request.headers.get("Last-Event-ID")
-        if cursor is not None and not _CURSOR.fullmatch(cursor):
+        name, cursor = request.query.get("model"), request.headers.get("Last-Event-ID") or None
+        if cursor and not _CURSOR.fullmatch(cursor):
             raise ApiError(400, "Last-Event-ID is no cursor of the journal", code="bad_parameter", param="Last-Event-ID")
         model_id = None if name is None else self._id(name)
         if self._open >= _STREAMS_MAX:

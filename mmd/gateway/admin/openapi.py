@@ -87,8 +87,11 @@ def _content(route: Route, by_type: dict[str, Any]) -> dict[str, Any]:
     schema = by_type[repr(route.answer.type)]
     if route.answer.media == "application/json":
         return {"schema": schema}
-    what = "event's data" if route.answer.media == EVENT_STREAM else "line"
-    return {"schema": {"type": "string", "description": f"Each {what} is as `x-itemSchema` says."}, "x-itemSchema": schema}
+    if route.answer.media == EVENT_STREAM:
+        data = {"type": "string", "contentMediaType": "application/json", "contentSchema": schema}
+        properties = {"id": {"type": "string"}, "event": {"type": "string"}, "data": data}
+        return {"schema": {"description": "Of each event.", "type": "object", "properties": properties, "required": ["data"]}}
+    return {"schema": {"type": "string", "description": "Each line is as `x-itemSchema` says."}, "x-itemSchema": schema}
 
 
 def _parameters(route: Route) -> Iterator[dict[str, Any]]:

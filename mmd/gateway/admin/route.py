@@ -1,6 +1,6 @@
 """A route of the admin API: who answers it, and all that its description says."""
 
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any, Final, Literal
 
@@ -62,7 +62,9 @@ class Route:
     private: bool = False
     """What it shows is for administrators only."""
 
-    def definition(self) -> web.RouteDef:
+    def definition(self, below: Iterable[str] = ()) -> web.RouteDef:
+        """Its place in the application. `below`: what may follow its path in those of other routes, `/start`: there a slash is
+        not the name's."""
         known = {parameter.name for parameter in self.parameters if parameter.place == "query"}
 
         async def answer(request: web.Request) -> web.StreamResponse:
@@ -74,7 +76,8 @@ class Route:
                     raise ApiError(400, f"{name} is given twice", code="bad_parameter", param=name)
             return await self.handler(request)
 
-        return web.RouteDef(self.method, self.path.replace("}", ":.+}"), answer, {})
+        pattern = ".+" + "".join(f"(?<!{suffix})" for suffix in below)
+        return web.RouteDef(self.method, self.path.replace("}", f":{pattern}}}"), answer, {})
 
 
 LAST_EVENT_ID: Final = Parameter(
