@@ -98,6 +98,8 @@ def followed(path: str) -> Iterator[Followed]:
         if sock is not None:
             sock.shutdown(2)
         found.thread.join(10)
+        found.answer.close()
+        found.connection.close()
         assert not found.thread.is_alive()
 
 
