@@ -8,7 +8,7 @@ __all__ = ["end_streams"]
 
 
 @schemathesis.hook("before_call")
-def end_streams(context: schemathesis.HookContext, case: schemathesis.Case, kwargs: dict[str, Any]) -> None:
+def end_streams(context: schemathesis.HookContext, case: "schemathesis.Case[Any]", kwargs: dict[str, Any]) -> None:
     del context, kwargs
     query: dict[str, Any] = case.query or {}
     if query.get("follow") in (True, "true"):
