@@ -294,6 +294,18 @@ def test_events_are_followed_until_the_gateway_leaves(tmp_path: Path) -> None:
     with_admin(tmp_path, Script(), check)
 
 
+def test_streams_are_for_get_only(tmp_path: Path) -> None:
+    async def check(admin: Administered) -> None:
+        for path in ("events", "logs"):
+            async with admin.http.head(f"/api/v1/{path}?follow=true") as answer:
+                assert (answer.status, answer.headers["Allow"]) == (405, "GET")
+        async with admin.http.head("/api/v1/status") as answer:
+            assert answer.status == 200
+        await until(lambda: not admin.running.handlers)
+
+    with_admin(tmp_path, Script(), check)
+
+
 def test_a_client_that_does_not_keep_up_is_sent_away(tmp_path: Path) -> None:
     async def check(admin: Administered) -> None:
         log = admin.running.dispatcher.narrator.log

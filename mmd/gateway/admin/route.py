@@ -77,7 +77,9 @@ class Route:
             return await self.handler(request)
 
         pattern = ".+" + "".join(f"(?<!{suffix})" for suffix in below)
-        return web.RouteDef(self.method, self.path.replace("}", f":{pattern}}}"), answer, {})
+        # An answer to HEAD is over with its head, and its handler would go on for ever.
+        more = {"allow_head": False} if self.answer.media == EVENT_STREAM else {}
+        return web.RouteDef(self.method, self.path.replace("}", f":{pattern}}}"), answer, more)
 
 
 LAST_EVENT_ID: Final = Parameter(
