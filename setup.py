@@ -18,7 +18,8 @@ from setuptools import Extension, setup
 COMPILED: Final = (
     "mmd/gateway/relay/client.py",  # reads requests
     "mmd/gateway/relay/known.py",  # looks their heads up
-    "mmd/gateway/relay/head.py",  # or has them parsed
+    "mmd/gateway/relay/head.py",  # or has them parsed,
+    "mmd/gateway/relay/request_id.py",  # and gives each request its id;
     "mmd/gateway/relay/framing.py",  # knows where bodies end; every event of a stream is looked at
     "mmd/gateway/relay/exchange.py",  # a request and its answer,
     "mmd/gateway/relay/waiting.py",  # which may have to wait

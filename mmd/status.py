@@ -19,7 +19,9 @@ __all__ = [
     "ModelState",
     "ModelStatus",
     "Progress",
+    "QueuedStatus",
     "Reckoning",
+    "RequestStatus",
     "ResourceStatus",
     "SleepStatus",
     "Status",
@@ -257,6 +259,52 @@ class Progress:
     @classmethod
     def from_json(cls, raw: Mapping[str, Any]) -> "Progress":
         return _read(cls, {**raw, "state": ModelState(raw["state"])})
+
+
+@dataclass(frozen=True, slots=True)
+class RequestStatus:
+    """A request for a model that is not over."""
+
+    id: str
+    """Of this gateway: what a cancel takes, and the answer's X-Request-Id where the client brought none of its own."""
+    client_id: str
+    """The client's own X-Request-Id; "" without one."""
+    model: str
+    method: str
+    path: str
+    state: str
+    """`waiting` for its model, `sent` to the engine, or `answering`."""
+    since: float
+    stream: bool
+    client: str
+    """The client's address; `unix` on a Unix socket."""
+    sent_bytes: int = 0
+    """Of the answer, so far."""
+    tokens: int | None = None
+    """In the answer so far, where the engine tells while it streams."""
+    key: str = ""
+    """The name of the API key that it came with."""
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, raw: Mapping[str, Any]) -> "RequestStatus":
+        return _read(cls, raw)
+
+
+@dataclass(frozen=True, slots=True)
+class QueuedStatus:
+    """A place in the queue of a model."""
+
+    model: str
+    position: int
+    """From 1: the next one."""
+    since: float
+    waits_for: str
+    """In words: `making room: qwen7b must leave`."""
+    operator: bool = False
+    """It is an operator who asks."""
 
 
 def _read(cls: type[_T], raw: Mapping[str, Any]) -> _T:

@@ -12,11 +12,12 @@ from urllib.parse import quote
 from mmd.ctl.exits import CtlError, Exit
 from mmd.ctl.http import ProtocolError, Response, request
 from mmd.scope import ScopeKind
-from mmd.status import Progress, Status
+from mmd.status import Progress, RequestStatus, Status
 
-__all__ = ["Client", "Operation", "Reloaded", "Verb"]
+__all__ = ["Client", "Happening", "Operation", "Reloaded", "Verb"]
 
 _MODELS = "/api/v1/models/"
+_REQUESTS = "/api/v1/requests"
 _RELOAD_TIMEOUT_S = 60.0
 
 
@@ -27,6 +28,8 @@ class Verb(StrEnum):
     SLEEP = "sleep"
     WAKE = "wake"
     RESET = "reset"
+    PIN = "pin"
+    UNPIN = "unpin"
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,6 +61,14 @@ class Reloaded:
 
 
 @dataclass(frozen=True, slots=True)
+class Happening:
+    """An event, as JSON (mmd.events), and the id to go on behind."""
+
+    id: str
+    data: Mapping[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
 class Client:
     """Calls to one gateway. Every method raises CtlError: UNREACHABLE, NO_SUCH_MODEL or FAILED."""
 
@@ -75,6 +86,35 @@ class Client:
         with self._call("POST", "/api/v1/reload", timeout_s=_RELOAD_TIMEOUT_S) as response:
             return Reloaded.from_json(json.loads(response.read()))
 
+    def requests(self) -> list[RequestStatus]:
+        """The requests that are not over."""
+        with self._call("GET", _REQUESTS, timeout_s=self.answer_timeout_s) as response:
+            return [RequestStatus.from_json(raw) for raw in json.loads(response.read())["requests"]]
+
+    def cancel(self, request: str) -> RequestStatus:
+        """Ends a request: what it was."""
+        path = f"{_REQUESTS}/{quote(request, safe='')}"
+        with self._call("DELETE", path, timeout_s=self.answer_timeout_s) as response:
+            return RequestStatus.from_json(json.loads(response.read()))
+
+    def events(self, *, follow: bool, lines: int | None, last: str | None) -> Iterator[Happening]:
+        """What has happened, the last `lines` of it or what came after the id `last`; with `follow` what comes as well, until
+        the gateway goes. Then reads without a time-out."""
+        query = {"follow": "true" if follow else None, "lines": None if lines is None else str(lines)}
+        words = "&".join(f"{key}={value}" for key, value in query.items() if value is not None)
+        headers = {} if last is None else {"Last-Event-ID": last}
+        timeout_s = None if follow else self.answer_timeout_s
+        with self._call("GET", f"/api/v1/events?{words}", headers=headers, timeout_s=timeout_s) as response:
+            fields: dict[str, str] = {}
+            for line in response.lines():
+                name, _, value = line.decode().partition(": ")
+                if name:
+                    fields[name] = value
+                    continue
+                if "data" in fields:
+                    yield Happening(fields.get("id", ""), json.loads(fields["data"]))
+                fields = {}
+
     def operate(self, model: str, operation: Operation) -> Iterator[Progress]:
         """Begins `operation` and yields how it goes, the line with `done` last. Reads without a time-out: a model may load
         for minutes. Leaving the iterator does not stop what was begun."""
@@ -89,10 +129,16 @@ class Client:
 
     @contextmanager
     def _call(
-        self, method: str, path: str, *, body: Mapping[str, object] | None = None, timeout_s: float | None
+        self,
+        method: str,
+        path: str,
+        *,
+        body: Mapping[str, object] | None = None,
+        headers: Mapping[str, str] | None = None,
+        timeout_s: float | None,
     ) -> Iterator[Response]:
         content = b"" if body is None else json.dumps(body).encode()
-        headers = {"Content-Type": "application/json"} if content else {}
+        headers = {**(headers or {}), **({"Content-Type": "application/json"} if content else {})}
         try:
             with request(self.path, method, path, headers=headers, body=content, timeout_s=timeout_s) as response:
                 if response.status >= 400:

@@ -106,6 +106,14 @@ def _add_views(commands: _Commands) -> None:
     command.add_argument("model", metavar="MODEL", help=_MODEL)
     _add_json(command)
 
+    command = _add(commands, "requests", "show the requests that are not over", _requests)
+    _add_json(command)
+
+    command = _add(commands, "events", "show what has happened of late", _events)
+    command.add_argument("-f", "--follow", action="store_true", help="go on with what happens")
+    command.add_argument("-n", "--lines", type=_count, metavar="LINES", help="the last so many events")
+    _add_json(command, "newline-delimited JSON")
+
     command = _add(commands, "version", "show the versions of mmdctl and of the gateway that runs", _version)
     _add_json(command)
 
@@ -121,6 +129,10 @@ def _add_operations(commands: _Commands) -> None:
     command = _add_operation(commands, Verb.RESTART, "stop and start models")
     _add_force(command)
     _add_operation(commands, Verb.RESET, "forget models' failures, so that they may start again")
+    _add_operation(commands, Verb.PIN, "let models make room for no others, from now on")
+    _add_operation(commands, Verb.UNPIN, "let models make room for others, from now on")
+    command = _add(commands, "cancel", "end requests", _cancel)
+    command.add_argument("ids", nargs="+", metavar="ID", help="of a request, as `mmdctl requests` shows it")
 
 
 def _add_operation(commands: _Commands, verb: Verb, summary: str, *, on_all: bool = False) -> argparse.ArgumentParser:
@@ -185,6 +197,24 @@ def _show(context: Context, arguments: argparse.Namespace) -> Exit:
     from mmd.ctl.status import show
 
     return show(context, arguments.model, as_json=arguments.json)
+
+
+def _requests(context: Context, arguments: argparse.Namespace) -> Exit:
+    from mmd.ctl.requests import requests
+
+    return requests(context, as_json=arguments.json)
+
+
+def _cancel(context: Context, arguments: argparse.Namespace) -> Exit:
+    from mmd.ctl.requests import cancel
+
+    return cancel(context, arguments.ids)
+
+
+def _events(context: Context, arguments: argparse.Namespace) -> Exit:
+    from mmd.ctl.requests import events
+
+    return events(context, follow=arguments.follow, lines=arguments.lines, as_json=arguments.json)
 
 
 def _version(context: Context, arguments: argparse.Namespace) -> Exit:

@@ -1,4 +1,4 @@
-"""`mmdctl start`, `stop`, `restart`, `sleep`, `wake`, `reset`: operations on models, and how they go."""
+"""`mmdctl start`, `stop`, `restart`, `sleep`, `wake`, `reset`, `pin`, `unpin`: operations on models, and how they go."""
 
 import json
 import queue

@@ -13,9 +13,6 @@ from mmd.scope import ScopeKind
 
 __all__ = ["cat", "logs"]
 
-_OWN_ROLES = ("MMD_ROLE=gateway", "MMD_ROLE=reload")
-"""Marks what mmd's own services write (LogExtraFields= of their units); models have a role of their own."""
-
 
 def logs(context: Context, word: str | None, *, gateway: bool, follow: bool, lines: int | None, since: str | None) -> NoReturn:
     """Becomes journalctl: the log of a model, of the gateway, or of all of mmd, with what systemd says about their units."""
@@ -25,8 +22,7 @@ def logs(context: Context, word: str | None, *, gateway: bool, follow: bool, lin
     if gateway:
         argv = ["journalctl", f"--{'user-' if user else ''}unit=mmd-gateway.service"]
     elif word is None:
-        owner = [f"_UID={os.getuid()}"] if user else []
-        argv = [*command(None, "mmd-*", user=user), "+", *owner, *_OWN_ROLES]
+        argv = command(None, "mmd-*", user=user, own=True)
     else:
         target = _locate(context, word)
         argv = command(target.id, f"mmd-model-{target.id}@*", user=user)

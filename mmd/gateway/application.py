@@ -89,6 +89,7 @@ def _plain(request: web.Request, error: web.HTTPException) -> ApiError:
     if error.status == 404:
         return ApiError(404, f"there is no {request.method} {request.path}", code="not_found")
     if error.status == 405:
-        allowed = {"Allow": error.headers["Allow"]}
-        return ApiError(405, f"{request.path} does not take {request.method}", code="method_not_allowed", fields=allowed)
+        allowed = error.headers.get("Allow", "")
+        message = f"{request.path} does not take {request.method}; it takes {allowed}"
+        return ApiError(405, message, code="method_not_allowed", fields={"Allow": allowed} if allowed else {})
     return ApiError(error.status, error.text or error.reason, code="bad_request")

@@ -5,15 +5,17 @@ import logging
 import os
 import signal
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from aiohttp import web
 
+from mmd import __version__
 from mmd.config import AdminAuth, Config, EngineKind
 from mmd.errors import MmdError
+from mmd.events import GatewayReplaced, GatewayStarted, Reloaded
 from mmd.gateway.admin import AdminApi
 from mmd.gateway.answer_book import AnswerBook
 from mmd.gateway.api_error import ApiError
@@ -25,7 +27,9 @@ from mmd.gateway.lesson_book import LessonBook
 from mmd.gateway.lifecycle import Lifecycle
 from mmd.gateway.memory import Memory
 from mmd.gateway.openai import OpenAiApi
+from mmd.gateway.pin_book import PinBook
 from mmd.gateway.ports import Ports, is_port
+from mmd.gateway.relay.client import ClientConnection
 from mmd.gateway.relay.inference import Inference
 from mmd.gateway.relief import Guests, relieve
 from mmd.gateway.serving import Serving
@@ -33,7 +37,7 @@ from mmd.gateway.snapshot import Snapshot
 from mmd.gateway.workers import worker_count
 from mmd.gpu import GpuProvider, open_provider
 from mmd.load import Loaded, load
-from mmd.policy.events import Paused, Sampled
+from mmd.policy.events import Paused, Pinned, Sampled
 from mmd.scope import Scope
 from mmd.systemd.activation import ListenSocket
 from mmd.systemd.client import Systemd
@@ -75,6 +79,7 @@ class Daemon:
         )
         self._book = LessonBook(state_dir / "lessons.sqlite")
         self._answers = AnswerBook(state_dir / "answers.sqlite")
+        self._pins = PinBook(state_dir / "pins.json")
         self.dispatcher = Dispatcher(lifecycle, systemd, self._book)
         self.dispatcher.kept().inherit(self._answers.load())
         self.dispatcher.kept().told = self._answers.note
@@ -83,6 +88,15 @@ class Daemon:
         self._ports = Ports(self.dispatcher, self.inference, self._servers, runtime_dir / "ports.sock", sockets)
         self._guests = Guests(self.dispatcher, self._servers)
         self.snapshot = Snapshot(self.dispatcher, self._memory, self._gauges, scope=scope.kind)
+        self._admin = AdminApi(
+            self.dispatcher,
+            self.snapshot,
+            self._pins,
+            scope,
+            self.reload,
+            connections=self._connections,
+            census=lambda: None if self._staff is None else self._staff.census,
+        )
 
     async def start(self, predecessor: Predecessor | None = None) -> None:
         """Read the configuration, adopt what runs, then accept requests: at once, or when `predecessor` hands over.
@@ -96,6 +110,7 @@ class Daemon:
             self._guests.welcome(predecessor)
             self.dispatcher.post(Paused(True))
         self._use(loaded)
+        self._use_pins()
         await self.dispatcher.adopt()
         self._background = [asyncio.create_task(work) for work in (self._memory.watch(), self._watch_systemd())]
         self._gauges.use(self.dispatcher.config)
@@ -105,20 +120,27 @@ class Daemon:
             await self._staff.prepare(self.snapshot.workers)
         if predecessor is not None:
             predecessor.prepared()
-            await self._guests.take_over(predecessor, await predecessor.taken)
+            taken = await predecessor.taken
+            self._use_pins()  # it may have been told of some since we began
+            await self._guests.take_over(predecessor, taken)
         for server in self._servers:
             await server.start()
         if self._staff is not None:
             self._staff.accept()
         await self._ports.listen()
+        how = "has started" if predecessor is None else "has taken over"
+        pid, narrator = os.getpid(), self.dispatcher.narrator
+        narrator.look()
+        narrator.log.note(GatewayStarted(time.time(), f"mmd {__version__} {how}, pid {pid}", __version__, pid))
 
     def _make_servers(self) -> None:
         api = OpenAiApi(self.dispatcher)
-        admin = AdminApi(self.dispatcher, self.snapshot, self.reload)
-        over_tcp = [_read_only(route, self.dispatcher) for route in admin.routes()]
+        admin = [self._admin.definition(route) for route in self._admin.routes]
+        readable = (route.method == "GET" and not route.private for route in self._admin.routes)
+        over_tcp = [each if ok else _guarded(each, self.dispatcher) for each, ok in zip(admin, readable, strict=True)]
         routes = {
             "mmd-api": api.routes(),
-            "mmd-admin": [*api.routes(), *admin.routes()],
+            "mmd-admin": [*api.routes(), *admin],
             "mmd-admin-tcp": [*api.routes(), *over_tcp],
         }
         self.snapshot.workers = worker_count(self.dispatcher.config.gateway.workers)
@@ -137,11 +159,20 @@ class Daemon:
             self._servers.append(server)
         self._ports.prepare()
 
+    def _connections(self) -> Iterator[ClientConnection]:
+        """Clients' that are served in this process."""
+        for server in self._servers:
+            yield from (each for each in server.connections if isinstance(each, ClientConnection))
+
     def _use(self, loaded: Loaded) -> None:
         for problem in loaded.problems:
             _log.error("%s", problem)
         self.snapshot.problems = tuple(map(str, loaded.problems))
         self.dispatcher.reconfigure(loaded.config, _definitions(loaded.config), host_ram_bytes(loaded.config))
+
+    def _use_pins(self) -> None:
+        for model, pinned in self._pins.read().items():
+            self.dispatcher.post(Pinned(model, pinned))
 
     async def reload(self) -> dict[str, list[str]]:
         """Read the configuration again; a broken one changes nothing. What changed, by model name, and what is wrong."""
@@ -150,7 +181,10 @@ class Daemon:
             for problem in loaded.problems:
                 _log.error("%s; the configuration in use stays", problem)
             self.snapshot.problems = tuple(f"{problem} (the configuration in use stays)" for problem in loaded.problems)
-            return {"changed": [], "added": [], "removed": [], "problems": list(map(str, loaded.problems))}
+            problems = list(map(str, loaded.problems))
+            told = Reloaded(time.time(), f"the configuration has problems: {problems[0]}", problems=tuple(problems))
+            self.dispatcher.narrator.log.note(told)
+            return {"changed": [], "added": [], "removed": [], "problems": problems}
         self._use(loaded)
         self._gauges.use(loaded.config)
         await self._ports.arrange()
@@ -163,7 +197,10 @@ class Daemon:
         await self.dispatcher.resynchronise()
         self.snapshot.reloaded = time.time()
         changes = _differences(before, loaded.config)
-        _log.info("configuration reloaded: %s", ", ".join(f"{len(names)} {kind}" for kind, names in changes.items()))
+        message = f"configuration reloaded: {', '.join(f'{len(names)} {kind}' for kind, names in changes.items())}"
+        _log.info("%s", message)
+        added, changed, removed = (tuple(changes[kind]) for kind in ("added", "changed", "removed"))
+        self.dispatcher.narrator.log.note(Reloaded(time.time(), message, added, changed, removed))
         return {**changes, "problems": []}
 
     async def _open_gpus(self) -> GpuProvider:
@@ -205,9 +242,11 @@ class Daemon:
     async def hand_over(self, command: Sequence[str], announce: Callable[[int], None]) -> bool:
         """Let a fresh gateway go on, see mmd.gateway.relief; True when this one has nothing left to do."""
 
-        def announced(process_id: int) -> None:
-            announce(process_id)
+        def announced(pid: int) -> None:
+            announce(pid)
             self._ports.close()  # the addresses are the other's from now on, to be free when they are let go of there
+            self.dispatcher.narrator.log.note(GatewayReplaced(time.time(), f"process {pid} takes over", pid))
+            self._admin.end_streams()
 
         await self._ports.hold()
         sockets = (*self._sockets, *self._ports.sockets)
@@ -218,6 +257,7 @@ class Daemon:
 
     async def stop(self) -> None:
         """Accept nothing more, finish what was accepted, leave the models running."""
+        self._admin.end_streams()
         await self._ports.hold()
         for server in self._servers:
             await server.stop_accepting()
@@ -256,10 +296,8 @@ def _definitions(config: Config) -> dict[str, str]:
     return {model.name: definition(model, gpus=config.gpus) for model in units}
 
 
-def _read_only(route: web.RouteDef, dispatcher: Dispatcher) -> web.RouteDef:
-    """Over TCP nobody is known yet: what changes anything is refused unless gateway.admin_auth is open."""
-    if route.method == "GET":
-        return route
+def _guarded(route: web.RouteDef, dispatcher: Dispatcher) -> web.RouteDef:
+    """Over TCP nobody is known yet: what changes anything, or is private, is refused unless gateway.admin_auth is open."""
 
     async def guarded(request: web.Request) -> web.StreamResponse:
         if dispatcher.config.gateway.admin_auth is not AdminAuth.OPEN:

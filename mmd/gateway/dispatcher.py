@@ -15,6 +15,7 @@ from mmd.errors import MmdError
 from mmd.gateway.api_error import ApiError, refused
 from mmd.gateway.lesson_book import LessonBook
 from mmd.gateway.lifecycle import Lifecycle
+from mmd.gateway.narrator import Narrator
 from mmd.gateway.outcome import Outcome, held_bytes
 from mmd.gateway.progress import progress
 from mmd.gateway.relay.engine import EngineConnections
@@ -74,6 +75,7 @@ class Dispatcher(Gate):
     def __init__(self, lifecycle: Lifecycle, systemd: Systemd, book: LessonBook) -> None:
         self.scheduler = Scheduler()
         self.lifecycle = lifecycle
+        self.narrator = Narrator(self.scheduler.state)
         self.retired = False
         """Another gateway decides."""
         self.outcomes: dict[UnitName, Outcome] = {}
@@ -108,6 +110,7 @@ class Dispatcher(Gate):
             self._arm(now)
         if not isinstance(event, Arrived | Finished | Cancelled):
             self._announce()
+        self.narrator.heard(event)
         if isinstance(event, Done | Measured | Reset):
             self._write_lessons()
 
@@ -235,6 +238,7 @@ class Dispatcher(Gate):
                 self._lender.recall(unit)
             case _:
                 _log.info("%s %s", type(action).__name__.lower(), action.unit)
+                self.narrator.begun(action)
                 self.spawn(self._act(action))
 
     async def _act(self, action: UnitAction) -> None:
@@ -244,6 +248,7 @@ class Dispatcher(Gate):
         overtaken = instance is None or instance.pending is not action  # by a stop, whose outcome counts
         if not overtaken:
             self.outcomes[action.unit] = outcome
+            self.narrator.ended(outcome)
         _log.log(logging.INFO if done.ok or overtaken else logging.WARNING, "%s: %s", action.unit, outcome)
         self.post(done)
         if done.held_bytes is not None and isinstance(action, Start | Wake):
@@ -359,6 +364,7 @@ class Dispatcher(Gate):
     async def close(self) -> None:
         """Stop looking after units; they go on running, and the next gateway adopts them."""
         self._closed = True
+        self.narrator.close()
         if self._timer is not None:
             self._timer.cancel()
         for task in self._tasks:

@@ -1,4 +1,4 @@
-"""What an operator may do to a model: start, wake, stop, sleep, restart, reset. Each tells how it goes, as `Progress`.
+"""What an operator may do to a model: start, wake, stop, sleep, restart, reset, pin, unpin. Each tells how it goes.
 
 Starting goes through the same queue as every request; stopping and sleeping wait for requests in flight unless forced.
 """
@@ -11,12 +11,13 @@ from mmd.engines import engine
 from mmd.gateway.api_error import ApiError
 from mmd.gateway.dispatcher import Dispatcher
 from mmd.gateway.outcome import Outcome, held_bytes
+from mmd.gateway.pin_book import PinBook
 from mmd.gateway.snapshot import Snapshot
 from mmd.gateway.stage import instance_state, model_state
 from mmd.names import UnitName
 from mmd.policy.actions import Sleep, Start, Stop, Wake
 from mmd.policy.admission import lacking
-from mmd.policy.events import Phase, Release, Reset
+from mmd.policy.events import Phase, Pinned, Release, Reset
 from mmd.policy.instance import Instance
 from mmd.policy.state import State
 from mmd.quantity import human_duration
@@ -31,9 +32,10 @@ Options = Mapping[str, object]
 
 
 class Operations:
-    def __init__(self, dispatcher: Dispatcher, snapshot: Snapshot) -> None:
+    def __init__(self, dispatcher: Dispatcher, snapshot: Snapshot, pins: PinBook) -> None:
         self._dispatcher = dispatcher
         self._snapshot = snapshot
+        self._pins = pins
 
     @property
     def _state(self) -> State:
@@ -58,7 +60,7 @@ class Operations:
             said = ""
             try:
                 while (unit := await ticket.admitted(_GLANCE_S)) is None:
-                    words = self._words(model)
+                    words = self.words(model)
                     if words != said:
                         said = words
                         yield self._progress(model, words)
@@ -71,7 +73,7 @@ class Operations:
         elapsed = human_duration(time.monotonic() - begun)  # with what had to leave first
         yield self._end(model, f"{verb} in {elapsed}{outcome.sizes if outcome and activated else ''}")
 
-    def _words(self, model: Model) -> str:
+    def words(self, model: Model) -> str:
         """What a model that is to come up is waiting for."""
         for instance in self._state.instances_of(model):
             if instance.activating:
@@ -197,6 +199,18 @@ class Operations:
                 await self._dispatcher.reset_failed(instance.unit)
         self._dispatcher.post(Reset(model.name))
         yield self._end(model, "its failures are forgotten; the next request starts it")
+
+    async def pin(self, model: Model, _: Options) -> AsyncIterator[Progress]:
+        self._pin(model, pinned=True)
+        yield self._end(model, "is pinned: it makes room for no other model")
+
+    def _pin(self, model: Model, *, pinned: bool) -> None:
+        self._pins.note(model.name, pinned=pinned)
+        self._dispatcher.post(Pinned(model.name, pinned))
+
+    async def unpin(self, model: Model, _: Options) -> AsyncIterator[Progress]:
+        self._pin(model, pinned=False)
+        yield self._end(model, "is not pinned: it may make room for other models")
 
 
 def _slept(outcome: Outcome) -> bool:

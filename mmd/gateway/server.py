@@ -158,7 +158,7 @@ class Server:
         if self._checker is not None:
             self._checker.cancel()
         for connection in tuple(self.connections):
-            connection.abort() if connection.busy else connection.close()
+            connection.close() if connection.exchange is None else connection.abort()
 
     def _busy(self) -> int:
-        return sum(connection.busy for connection in self.connections)
+        return sum(connection.exchange is not None for connection in self.connections)

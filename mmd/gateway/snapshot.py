@@ -118,7 +118,7 @@ class Snapshot:
             in_flight=sum(i.load for i in instances),
             waiting=len(state.queues.get(model.name, ())),
             requests=traffic.requests if traffic else 0,
-            pinned=model.pin,
+            pinned=state.is_pinned(model),
             last_activity=_unix(last) if last else None,
             reason=failed.reason if failed else "",
             tail=failed.tail if failed else (),

@@ -22,6 +22,7 @@ __all__ = [
     "Observed",
     "Paused",
     "Phase",
+    "Pinned",
     "Reconfigured",
     "Release",
     "Reset",
@@ -119,11 +120,12 @@ class Unreachable:
 
 @dataclass(frozen=True, slots=True)
 class Release:
-    """An operator wants a unit stopped (`level` 0) or asleep; `force` does not wait for its requests."""
+    """Somebody, as a rule an operator, wants a unit stopped (`level` 0) or asleep; `force` does not wait for its requests."""
 
     unit: UnitName
     level: int = 0
     force: bool = False
+    why: str = "asked for by an operator"
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,6 +133,14 @@ class Reset:
     """Forget a model's failures."""
 
     model: str
+
+
+@dataclass(frozen=True, slots=True)
+class Pinned:
+    """An operator's word on whether a model may make room for others, whatever its configuration says."""
+
+    model: str
+    pinned: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -247,6 +257,7 @@ Event = (
     | Measured
     | Observed
     | Paused
+    | Pinned
     | Reconfigured
     | Release
     | Reset

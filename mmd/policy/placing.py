@@ -110,7 +110,7 @@ def _candidates(state: State, target: UnitName, terms: _Terms) -> list[Candidate
 def _may_leave(state: State, instance: Instance, terms: _Terms) -> bool:
     if instance.model is None:
         return True
-    if instance.model.pin or state.traffic_of(instance.model.name).rate(terms.now) >= terms.rate_below:
+    if state.is_pinned(instance.model) or state.traffic_of(instance.model.name).rate(terms.now) >= terms.rate_below:
         return False
     wanted = state.waiters_of(instance.unit) > 0
     if instance.phase is Phase.SLEEPING:

@@ -19,6 +19,7 @@ from mmd.policy.events import (
     Observed,
     Paused,
     Phase,
+    Pinned,
     Reconfigured,
     Release,
     Reset,
@@ -124,6 +125,8 @@ class Scheduler:
                 return self._release(event)
             case Reset(model):
                 self._reset(model)
+            case Pinned(model, pinned):
+                self._pin(model, pinned)
             case Paused(paused):
                 self.state.paused = paused
             case Inherited():
@@ -176,7 +179,7 @@ class Scheduler:
         admission.requeue(self.state, Waiter(request, model.name, now, operator=False, wait_s=wait_s))
         instance = self.state.instances.get(unit)
         if instance is not None and instance.phase is Phase.READY and instance.pending is None:
-            instance.release = Release(unit)
+            instance.release = Release(unit, why="nobody answers at its engine")
         return []
 
     def _observe(self, seen: Observed, now: float) -> list[Action]:
@@ -209,6 +212,17 @@ class Scheduler:
             instance.ready_since = began
         return instance
 
+    def _pin(self, name: str, pinned: bool) -> None:
+        """Note it; whoever was to have the memory of one that is pinned now looks elsewhere."""
+        state = self.state
+        state.pins[name] = pinned
+        model = state.config.models.get(name)
+        if model is None or not pinned:
+            return
+        for wanting, claim in list(state.claims.items()):
+            if any(unit.id == model.id for unit in claim.victims):
+                del state.claims[wanting]
+
     def _inherit(self, event: Inherited, now: float) -> None:
         instance = self.state.instances.get(event.unit)
         if instance is None:
@@ -236,7 +250,7 @@ class Scheduler:
             learning.learn_outcome(self.state, instance, event)
         elif isinstance(action, Sleep | Wake) and seen.phase in (Phase.READY, Phase.SLEEPING):
             # Half asleep: nothing but a restart makes it trustworthy again (engines.md, rule 3).
-            instance.release = Release(instance.unit, force=True)
+            instance.release = Release(instance.unit, force=True, why="it is neither asleep nor awake")
         else:
             instance.retry_at = now + _RETRY_S
         return actions

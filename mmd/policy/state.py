@@ -42,6 +42,8 @@ class State:
     traffic: dict[str, Traffic] = field(default_factory=dict)
     lessons: dict[str, Lesson] = field(default_factory=dict)
     """By model name: what was learned of its present definition."""
+    pins: dict[str, bool] = field(default_factory=dict)
+    """By model name: what an operator said at run time, which goes before the configuration."""
     retried: set[str] = field(default_factory=set)
     """Models whose last start ran out of memory and is tried once more."""
     paused: bool = False
@@ -121,9 +123,13 @@ class State:
         self.serial += 1
         return self.serial
 
+    def is_pinned(self, model: Model) -> bool:
+        """Whether it never makes room for others."""
+        return self.pins.get(model.name, model.pin)
+
     def pinned(self, model: Model) -> dict[Key, float]:
         """What pinned residents hold and will not give up by themselves either, `model`'s own apart."""
-        others = [i for i in self.resident() if i.model is not None and i.model.pin and i.unit.id != model.id]
+        others = [i for i in self.resident() if i.model is not None and self.is_pinned(i.model) and i.unit.id != model.id]
         return plus(i.holds() for i in others if i.model and i.model.idle == Idle())
 
     def budget(self) -> dict[Key, float]:

@@ -26,6 +26,9 @@ _MAX_ENTRY_BYTES: Final = 1 << 20
 
 _INFO: Final = 6
 
+# Marks what mmd's own services write (LogExtraFields= of their units); models have a role of their own.
+_OWN_ROLES: Final = ("MMD_ROLE=gateway", "MMD_ROLE=reload")
+
 ENTRY_FIELDS: Final = (
     *("MESSAGE", "PRIORITY", "MMD_MODEL", "SYSLOG_IDENTIFIER", "_PID"),
     *("_SYSTEMD_UNIT", "UNIT", "USER_UNIT", "_SYSTEMD_USER_UNIT"),
@@ -48,6 +51,8 @@ class JournalEntry:
     """The unit that wrote it, or that systemd wrote it about."""
     identifier: str
     pid: int
+    cursor: str = ""
+    """Where in the journal it is."""
 
 
 def command(
@@ -58,17 +63,20 @@ def command(
     follow: bool = False,
     lines: int | None = None,
     since: str | None = None,
+    after: str | None = None,
     output: str | None = None,
     fields: Sequence[str] = (),
+    own: bool = False,
 ) -> list[str]:
     """The journalctl command line for a model's lines and systemd's lines about its units (`unit_glob`).
 
-    `model` is a unit id; None: all models. `lines`, `since` and `output` are what journalctl(1) takes. MmdError when journalctl
-    cannot be run.
+    `model` is a unit id; None: all models; `own`: and what mmd's own services write. `lines`, `since` and `output` are what
+    journalctl(1) takes, `after` a cursor: all that follows it. MmdError when journalctl cannot be run.
     """
     argv = ["journalctl", *(["--follow"] if follow else [])]
     argv += [f"--lines={lines}"] if lines is not None else []
     argv += [f"--since={since}"] if since is not None else []
+    argv += [f"--after-cursor={after}", "--lines=all"] if after is not None else []
     argv += [f"--output={output}"] if output is not None else []
     argv += [f"--output-fields={','.join(fields)}", "--all"] if fields else []
     # Not --user: that reads journals split by user only, of which there are none when the journal is volatile.
@@ -79,6 +87,7 @@ def command(
     units = sorted(fnmatch_filter(_values(unit_fields[0]), unit_glob))
     for unit_field in unit_fields if units else ():
         argv += ["+", *owner, *(f"{unit_field}={unit}" for unit in units)]
+    argv += ["+", *owner, *_OWN_ROLES] if own else []
     return argv
 
 
@@ -134,6 +143,7 @@ def _entry(raw: dict[str, Any]) -> JournalEntry:
         unit=fields.get("UNIT") or fields.get("USER_UNIT") or fields.get("_SYSTEMD_UNIT", ""),
         identifier=fields.get("SYSLOG_IDENTIFIER", ""),
         pid=int(fields.get("_PID", 0)),
+        cursor=fields.get("__CURSOR", ""),
     )
 
 

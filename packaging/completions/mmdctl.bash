@@ -6,6 +6,8 @@ _mmdctl() {
         [status]="--json -w --watch"
         [list]="--json -q --quiet"
         [show]="--json"
+        [requests]="--json"
+        [events]="-f --follow -n --lines --json"
         [version]="--json"
         [start]="--no-wait --json"
         [stop]="--all --force --no-wait --json"
@@ -13,6 +15,9 @@ _mmdctl() {
         [sleep]="--all --force --level --no-wait --json"
         [wake]="--no-wait --json"
         [reset]="--no-wait --json"
+        [pin]="--no-wait --json"
+        [unpin]="--no-wait --json"
+        [cancel]=""
         [check]="-q --quiet --json"
         [config]="--json"
         [reload]=""
@@ -52,7 +57,12 @@ _mmdctl() {
                 compopt -o filenames
                 mapfile -t COMPREPLY < <(compgen -f -- "$current")
                 return
-            elif [[ $command != version && $command != config && $command != reload ]]; then
+            elif [[ $command == cancel ]]; then
+                while IFS= read -r word; do
+                    [[ $word != "$current"* ]] || COMPREPLY+=("${word%% *}")
+                done < <(timeout 2 "${COMP_WORDS[0]}" "${scope[@]}" requests 2>/dev/null | tail -n +2)
+                return
+            elif [[ " version config reload requests events " != *" $command "* ]]; then
                 # Not compgen -W, which would expand what is in a name. A gateway that hangs must not hang the shell.
                 while IFS= read -r word; do
                     [[ $word != "$current"* ]] || COMPREPLY+=("$word")

@@ -5,7 +5,7 @@ from world import GIB, Unit, World, config_of, sim
 from mmd.config import Config, Evict, Idle
 from mmd.names import Placement, UnitName
 from mmd.policy.actions import Admit, Refusal, Refuse, Sleep, Start, Stop, Wake
-from mmd.policy.events import Done, GpuSample, Measured, Observed, Phase, Reconfigured, Sampled, Unreachable
+from mmd.policy.events import Done, GpuSample, Measured, Observed, Phase, Pinned, Reconfigured, Sampled, Unreachable
 
 
 def unit(model: str, *gpus: int) -> UnitName:
@@ -551,3 +551,40 @@ def test_what_comes_back_quickly_may_go_quickly() -> None:
     assert not world.pending
     world.pass_time(0.2)
     assert isinstance(last(world), Sleep), "after the 1.5 s that it takes to wake, not after min_residency's 10"
+
+
+def test_an_operator_pins_and_unpins_at_run_time() -> None:
+    world = World(config_of(sim("a", 14), sim("b", 16)), 24)
+    serve(world, "a")
+    world.pass_time(11)
+    world.post(Pinned("a", pinned=True))
+    request = world.arrive("b")
+    assert "held by pinned models" in world.refused[request].message
+    world.post(Pinned("a", pinned=False))
+    world.arrive("b")
+    assert isinstance(last(world), Sleep)
+
+
+def test_an_operators_word_goes_before_the_configuration() -> None:
+    world = World(config_of(sim("a", 14, pin=True), sim("b", 16)), 24)
+    serve(world, "a")
+    world.pass_time(11)
+    world.post(Pinned("a", pinned=False))
+    world.arrive("b")
+    assert last(world) == Sleep(unit("a"), 1, int(0.05 * 14 * GIB))
+
+
+def test_a_victim_that_is_pinned_while_it_drains_stays() -> None:
+    world = World(config_of(sim("a", 14), sim("b", 16), max_wait_s=1), 24)
+    serve(world, "a")
+    busy = world.arrive("a")
+    world.pass_time(20)
+    request = world.arrive("b")
+    world.pass_time(2)
+    state = world.scheduler.state
+    assert not state.instances[unit("a")].gate_open, "it is the victim, and drains"
+    world.post(Pinned("a", pinned=True))
+    assert "held by pinned models" in world.refused[request].message
+    world.finish(busy)
+    assert state.instances[unit("a")].gate_open
+    assert state.instances[unit("a")].phase is Phase.READY

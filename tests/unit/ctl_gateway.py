@@ -22,6 +22,7 @@ from mmd.status import (
     ModelStatus,
     Progress,
     Reckoning,
+    RequestStatus,
     SleepStatus,
     Status,
 )
@@ -53,6 +54,9 @@ class Gateway:
     operations: Mapping[tuple[str, str], Sequence[Step] | Refusal] = field(default_factory=dict)
     """By model and verb."""
     reloaded: Reloaded = field(default_factory=Reloaded)
+    requests: Sequence[RequestStatus] = ()
+    events: list[bytes] = field(default_factory=list)
+    """Streams of events, one for each time that somebody asks."""
     asked: list[tuple[str, str, object]] = field(default_factory=list)
     """Method, path, body."""
 
@@ -76,8 +80,22 @@ class _Handler(BaseHTTPRequestHandler):
         pass
 
     def do_GET(self) -> None:
-        self._gateway.asked.append(("GET", self.path, None))
-        self._answer(200, self._gateway.status.to_json())
+        self._gateway.asked.append(("GET", self.path, self.headers.get("Last-Event-ID")))
+        if self.path == "/api/v1/requests":
+            self._answer(200, {"requests": [each.to_json() for each in self._gateway.requests]})
+        elif self.path.startswith("/api/v1/events?"):
+            self._write(200, "text/event-stream", self._gateway.events.pop(0))
+        else:
+            self._answer(200, self._gateway.status.to_json())
+
+    def do_DELETE(self) -> None:
+        self._gateway.asked.append(("DELETE", self.path, None))
+        wanted = unquote(self.path.removeprefix("/api/v1/requests/"))
+        found = next((each for each in self._gateway.requests if each.id == wanted), None)
+        if found is None:
+            self._answer(404, {"error": {"message": f"there is no request {wanted!r} under way", "code": "no_such_request"}})
+        else:
+            self._answer(200, found.to_json())
 
     def do_POST(self) -> None:
         body = json.loads(self.rfile.read(int(self.headers.get("Content-Length", 0))) or b"null")
@@ -93,9 +111,11 @@ class _Handler(BaseHTTPRequestHandler):
             self._stream(steps)
 
     def _answer(self, status: int, value: object) -> None:
-        body = json.dumps(value).encode()
+        self._write(status, "application/json", json.dumps(value).encode())
+
+    def _write(self, status: int, media: str, body: bytes) -> None:
         self.send_response(status)
-        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Type", media)
         self.send_header("Content-Length", str(len(body)))
         self.end_headers()
         self.wfile.write(body)

@@ -7,7 +7,7 @@ import asyncio
 import contextlib
 import json
 import socket
-from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Coroutine, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Coroutine, Iterable, Mapping
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any, cast
@@ -24,7 +24,7 @@ from mmd.gateway.lifecycle import Lifecycle
 from mmd.gateway.openai import OpenAiApi
 from mmd.gateway.relay.inference import Inference
 from mmd.gateway.workers.staff import Staff
-from mmd.names import CPU, UnitName
+from mmd.names import CPU, UnitName, slug
 from mmd.policy.actions import UnitAction
 from mmd.policy.events import Done, Measured, Observed, Phase
 from mmd.systemd.client import Systemd
@@ -48,6 +48,9 @@ __all__ = [
 ]
 
 Engine = Callable[[asyncio.StreamReader, asyncio.StreamWriter], Awaitable[None]]
+
+MoreRoutes = Callable[[Dispatcher, list[ApplicationServer], Staff | None], Iterable[web.RouteDef]]
+"""Routes that need the gateway's parts; its server is among them later."""
 
 default_workers = 0
 """Set by tests that run with and without."""
@@ -229,6 +232,7 @@ async def gateway(
     concurrency: int = 0,
     queue_limit: int | None = None,
     models: tuple[Model, ...] = (),
+    more_routes: MoreRoutes | None = None,
 ) -> AsyncIterator[Running]:
     """A gateway with one CPU model per endpoint; `ready`: whether they are, or which of them; `workers`: processes that relay
     instead of this one, if any.
@@ -239,22 +243,27 @@ async def gateway(
     if not models:
         limits = {"concurrency": concurrency, "queue_limit": queue_limit}
         models = tuple(
-            Model(name, name, EngineKind.SIM, gpus=0, aliases=(f"alias-of-{name}",), **limits)  # type: ignore[arg-type]
+            Model(name, slug(name), EngineKind.SIM, gpus=0, aliases=(f"alias-of-{name}",), **limits)  # type: ignore[arg-type]
             for name in endpoints
         )
+        endpoints = {slug(name): endpoint for name, endpoint in endpoints.items()}
+        ready = ready if isinstance(ready, bool) else [slug(name) for name in ready]
     lifecycle = StaticLifecycle(endpoints)
     book = LessonBook(Path(":memory:"))
     dispatcher = Dispatcher(lifecycle, cast("Systemd", None), book)
     config = Config(gateway=settings or Gateway(), models={model.name: model for model in models})
-    dispatcher.reconfigure(config, {}, 1 << 40)
-    for name in (endpoints if ready else ()) if isinstance(ready, bool) else ready:
-        dispatcher.post(Observed(UnitName(name, CPU), Phase.READY))
+    dispatcher.reconfigure(config, dict.fromkeys(config.models, "definition"), 1 << 40)
+    for unit_id in (endpoints if ready else ()) if isinstance(ready, bool) else ready:
+        dispatcher.post(Observed(UnitName(unit_id, CPU), Phase.READY))
     inference = Inference(dispatcher)
     with socket.create_server(("127.0.0.1", 0)) as listening:
-        all_routes = [*OpenAiApi(dispatcher).routes(), *routes]
         staff = Staff(dispatcher, inference, "mmd-api", [listening]) if workers else None
+        servers: list[ApplicationServer] = []
+        more = more_routes(dispatcher, servers, staff) if more_routes is not None else ()
+        all_routes = [*OpenAiApi(dispatcher).routes(), *routes, *more]
         own, elsewhere = ([], staff.give) if staff is not None else ([listening], None)
         server = ApplicationServer("mmd-api", inference, all_routes, own, elsewhere=elsewhere)
+        servers.append(server)
         if staff is not None:
             staff.adopt = server.adopt
             await staff.prepare(workers)

@@ -38,7 +38,6 @@ class ClientConnection(asyncio.Protocol):
         "_body",
         "_closing",
         "_excess",
-        "_exchange",
         "_fresh",
         "_full",
         "_host",
@@ -51,6 +50,7 @@ class ClientConnection(asyncio.Protocol):
         "_since",
         "_tunnel",
         "close_after",
+        "exchange",
         "stalled",
         "transport",
         "write",
@@ -66,7 +66,8 @@ class ClientConnection(asyncio.Protocol):
         self._parser: RequestParser | None = None
         self._body: Body | None = None
         """The request's body, while it is being read."""
-        self._exchange: Exchange | None = None
+        self.exchange: Exchange | None = None
+        """The request in hand."""
         self._ahead = b""
         self._read_so_far = read or b""
         """The beginning of a head that is not complete."""
@@ -86,11 +87,6 @@ class ClientConnection(asyncio.Protocol):
         """The connection ends with the present answer."""
         self.transport: asyncio.Transport | None = None
         self.write: Callable[[bytes], None] = _discard
-
-    @property
-    def busy(self) -> bool:
-        """Whether a request is in hand."""
-        return self._exchange is not None
 
     # What asyncio calls.
 
@@ -116,13 +112,13 @@ class ClientConnection(asyncio.Protocol):
         self._gone()
 
     def data_received(self, data: bytes) -> None:
-        if self._exchange is None:
+        if self.exchange is None:
             if not (self._parser or self._ahead or self.stalled or self._closing):
                 found = _known.find(data)
                 if found is not None:
                     request, length, end = found
                     if length and len(data) - end == length:  # a whole request with a head that was seen before: most are
-                        self._exchange = exchange = self._host.exchange(self, request, length)
+                        self.exchange = exchange = self._host.exchange(self, request, length)
                         if exchange is None:
                             self._pass_on(data)
                             return
@@ -131,7 +127,7 @@ class ClientConnection(asyncio.Protocol):
                         return
             self._read(data)
         elif self._tunnel:
-            self._exchange.tunnel(data)
+            self.exchange.tunnel(data)
         elif self._body is not None:
             self._read(data)
         else:
@@ -141,13 +137,13 @@ class ClientConnection(asyncio.Protocol):
     def pause_writing(self) -> None:
         self.stalled = True
         self._since = self._loop.time()
-        if self._exchange is not None:
-            self._exchange.hold()
+        if self.exchange is not None:
+            self.exchange.hold()
 
     def resume_writing(self) -> None:
         self.stalled = False
-        if self._exchange is not None:
-            self._exchange.go_on()
+        if self.exchange is not None:
+            self.exchange.go_on()
         else:
             self._read_ahead()
 
@@ -159,7 +155,7 @@ class ClientConnection(asyncio.Protocol):
             while data and not self._closing:
                 if self._body is not None:
                     data = self._read_body(self._body, data)
-                elif self._exchange is not None or self.stalled:
+                elif self.exchange is not None or self.stalled:
                     self._ahead = data
                     self._regulate()
                     return
@@ -192,7 +188,7 @@ class ClientConnection(asyncio.Protocol):
 
     def _begin(self, request: RequestHead, length: int | None, data: bytes, end: int) -> bytes:
         """A request has begun; `data` begins with its head, which ends at `end`. What of it remains to be read."""
-        exchange = self._exchange = self._host.exchange(self, request, length)
+        exchange = self.exchange = self._host.exchange(self, request, length)
         if exchange is None:
             self._pass_on(data)
             return b""
@@ -219,7 +215,7 @@ class ClientConnection(asyncio.Protocol):
         return data
 
     def _read_body(self, body: Body, data: bytes) -> bytes:
-        exchange = self._exchange
+        exchange = self.exchange
         assert exchange is not None
         piece, rest = body.feed(data)
         if piece:
@@ -248,7 +244,7 @@ class ClientConnection(asyncio.Protocol):
 
     def _refuse(self, error: ApiError) -> None:
         """Answer what is no request; nothing after it can be trusted."""
-        exchange = self._exchange
+        exchange = self.exchange
         if exchange is not None:
             self.close_after = True
             exchange.fail(error)
@@ -262,20 +258,22 @@ class ClientConnection(asyncio.Protocol):
 
     def head(self, lines: bytes, framing: bytes) -> bytes:
         """The head of an answer: its lines, and what concerns this connection and the page that asks."""
-        if self._exchange is not None and self._exchange.request.origin:
-            lines += self._host.cors_lines(self._exchange.request.origin)
+        exchange = self.exchange
+        mark = b"" if exchange is None else exchange.id_line
+        if exchange is not None and exchange.request.origin:
+            lines += self._host.cors_lines(exchange.request.origin)
         if self.close_after or self._excess or self._host.leaving or self._body is not None:
             self.close_after = True
-            return b"%b%bConnection: close\r\n\r\n" % (lines, framing)
-        if self._exchange is not None and self._exchange.request.version == "1.0":
-            return b"%b%bConnection: keep-alive\r\n\r\n" % (lines, framing)
-        return b"%b%b\r\n" % (lines, framing)
+            return b"%b%b%bConnection: close\r\n\r\n" % (lines, mark, framing)
+        if exchange is not None and exchange.request.version == "1.0":
+            return b"%b%b%bConnection: keep-alive\r\n\r\n" % (lines, mark, framing)
+        return b"%b%b%b\r\n" % (lines, mark, framing)
 
     def answered(self, exchange: Exchange) -> None:
         """The exchange is over."""
-        if self._exchange is not exchange:
+        if self.exchange is not exchange:
             return
-        self._exchange = None
+        self.exchange = None
         self._since = self._loop.time()
         if self.transport is None or self._closing:
             return
@@ -288,7 +286,7 @@ class ClientConnection(asyncio.Protocol):
 
     def leave(self) -> bool:
         """Move to the gateway that comes after this one, with the request that waits, if there is one; False: not now."""
-        heir, transport, exchange = self._host.heir, self.transport, self._exchange
+        heir, transport, exchange = self._host.heir, self.transport, self.exchange
         if heir is None:
             return False
         request = b"" if exchange is None else exchange.unsent()
@@ -300,7 +298,7 @@ class ClientConnection(asyncio.Protocol):
         data, begun = request + self._read_so_far + self._ahead, None if exchange is None else exchange.begun
         heir(self._detach(transport), data, begun)
         if exchange is not None:
-            self._exchange = None
+            self.exchange = None
             exchange.withdraw()
         return True
 
@@ -328,9 +326,9 @@ class ClientConnection(asyncio.Protocol):
     def switched(self) -> None:
         """After a 101: bytes go to the exchange as they come."""
         self._tunnel = True
-        if self._ahead and self._exchange is not None:
+        if self._ahead and self.exchange is not None:
             data, self._ahead = self._ahead, b""
-            self._exchange.tunnel(data)
+            self.exchange.tunnel(data)
 
     def hold_body(self, *, full: bool) -> None:
         """Whether the upstream has enough of the request's body for the moment."""
@@ -357,7 +355,7 @@ class ClientConnection(asyncio.Protocol):
 
     def _gone(self) -> None:
         self._closing = True
-        exchange = self._exchange
+        exchange = self.exchange
         if exchange is not None:
             exchange.lost()
 
@@ -391,5 +389,5 @@ class ClientConnection(asyncio.Protocol):
         if self._parser is not None or self._body is not None:
             if silent_s > allowed.request_s:
                 self._refuse(ApiError(408, "the request did not come in time", code="request_timeout"))
-        elif self._exchange is None and silent_s > allowed.idle_s:
+        elif self.exchange is None and silent_s > allowed.idle_s:
             self.close()

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Final
 
-__all__ = ["USAGE_TAIL_BYTES", "Counters"]
+__all__ = ["USAGE_TAIL_BYTES", "Counters", "tokens_so_far"]
 
 # `usage` ends a JSON answer, or is in the last event but one of a stream. What may follow it is short.
 USAGE_TAIL_BYTES: Final = 2048
@@ -54,6 +54,12 @@ class Counters:
         self.sent_bytes += more.sent_bytes
         self.prompt_tokens += more.prompt_tokens
         self.completion_tokens += more.completion_tokens
+
+
+def tokens_so_far(tail: bytes) -> int | None:
+    """Of an answer under way, by the last usage in what came last; None: the engine has not told."""
+    at = tail.rfind(b'"usage"')
+    return _tokens(tail, at, _COMPLETION) if at >= 0 else None
 
 
 def _tokens(tail: bytes, start: int, names: Sequence[bytes]) -> int:

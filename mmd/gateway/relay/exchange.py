@@ -54,6 +54,8 @@ class Exchange:
         self.client = client
         self.request = request
         self.length = length
+        self.id_line = request.id_line
+        """What the head of the answer says of the request's id."""
         self.upstream: Upstream | None = None
         self.status = 0
         self.started = False

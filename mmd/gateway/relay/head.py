@@ -15,6 +15,7 @@ from typing import Final
 import httptools
 
 from mmd.errors import MmdError
+from mmd.gateway.relay.request_id import FIELD, id_line, without
 
 __all__ = [
     "HEAD_MAX_BYTES",
@@ -110,7 +111,8 @@ class _Head:
 _WAIT = b"x-mmd-wait"
 
 # Credentials for us are none of the engine's business, nor is what else is meant for us; what it compresses we could not count.
-_NOT_TO_ENGINE = frozenset((b"authorization", b"cookie", b"accept-encoding", _WAIT))
+# The id is written anew.
+_NOT_TO_ENGINE = frozenset((b"authorization", b"cookie", b"accept-encoding", _WAIT, FIELD))
 
 
 class RequestHead(_Head):
@@ -123,6 +125,8 @@ class RequestHead(_Head):
         self.host: bytes | None = None
         self.continues = False
         """The client waits for `100 Continue` before it sends the body."""
+        self.id_line = b""
+        """Its X-Request-Id, if it has one that is sane; it is not among the other lines."""
         self.engine_lines = b""
         """The fields that an engine gets."""
         self.origin = b""
@@ -132,15 +136,17 @@ class RequestHead(_Head):
         self.wait = b""
         """X-MMD-Wait: how long the client wants to wait for its model."""
 
-    def written(self, length: int, wait: bytes) -> bytes:
-        """The head of the same request with a body of `length` bytes, for another reader. `wait`: what is left of its wait."""
+    def written(self, length: int, wait: bytes, id_line: bytes = b"") -> bytes:
+        """The head of the same request with a body of `length` bytes, for another reader. `wait`: what is left of its wait;
+        `id_line`: the id it was given."""
         connection = b"keep-alive" if self.keep_alive else b"close"
-        return b"%b %b HTTP/%b\r\nHost: %b\r\n%bConnection: %b\r\nContent-Length: %d\r\n\r\n" % (
+        return b"%b %b HTTP/%b\r\nHost: %b\r\n%b%bConnection: %b\r\nContent-Length: %d\r\n\r\n" % (
             self.method,
             self.target,
             self.version.encode(),
             self.host or b"",
-            _lines((lower, name, wait if lower == _WAIT else value) for lower, name, value in self.fields),
+            id_line or self.id_line,
+            _lines((lower, name, wait if lower == _WAIT else value) for lower, name, value in without(self.fields)),
             connection,
             length,
         )
@@ -191,6 +197,7 @@ class RequestHead(_Head):
         self.wait, self.origin = self.field(_WAIT), self.field(b"origin")
         asks = method == b"OPTIONS" and self.field(b"access-control-request-method") != b""
         self.needs_leave = self.origin != b"" and (asks or self.websocket)
+        self.id_line = id_line(self.field(FIELD))
         self.engine_lines = _lines(field for field in self.fields if field[0] not in _NOT_TO_ENGINE)
 
     def _origin_form(self) -> None:
@@ -201,6 +208,9 @@ class RequestHead(_Head):
             self.host, self.target = authority, b"/" + path
         elif self.target != b"*" or self.method != b"OPTIONS":
             raise MalformedError("the target is no path")
+
+
+_NOT_TO_CLIENT = frozenset((b"server", FIELD))
 
 
 class ResponseHead(_Head):
@@ -231,8 +241,9 @@ class ResponseHead(_Head):
 
 
 def head_lines(status: int, reason: bytes, fields: Iterable[tuple[bytes, bytes, bytes]]) -> bytes:
-    """The start of an answer's head. Which server there is behind us is nobody's business, and which pages may call is ours."""
-    passed = (field for field in fields if field[0] != b"server" and not field[0].startswith(b"access-control-"))
+    """The start of an answer's head. Which server is behind us is nobody's business; the id, and which pages may call, are
+    ours to tell."""
+    passed = (field for field in fields if field[0] not in _NOT_TO_CLIENT and not field[0].startswith(b"access-control-"))
     return b"HTTP/1.1 %d %b\r\n%b" % (status, reason, _lines(passed))
 
 

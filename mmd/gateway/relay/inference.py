@@ -6,16 +6,19 @@ others wait for admission and connect in a task, see mmd.gateway.relay.waiting.
 
 import asyncio
 import logging
+import secrets
 from typing import TYPE_CHECKING
 
 from mmd.config import EngineKind
 from mmd.gateway.api_error import ApiError
-from mmd.gateway.relay.counters import USAGE_TAIL_BYTES, Counters
+from mmd.gateway.relay.account import Account
+from mmd.gateway.relay.counters import USAGE_TAIL_BYTES, Counters, tokens_so_far
 from mmd.gateway.relay.engine import EngineConnection, EngineConnections
 from mmd.gateway.relay.framing import chunk, last_chunk
 from mmd.gateway.relay.gate import Gate
 from mmd.gateway.relay.head import RequestHead, ResponseHead
 from mmd.gateway.relay.kept import IdFinder
+from mmd.gateway.relay.request_id import own_line
 from mmd.gateway.relay.routing import Aim, Route, UnknownAnswerError, not_taken
 from mmd.gateway.relay.waiting import EVENTS, WaitingExchange, wait_of
 from mmd.gateway.workers import worker_count
@@ -59,6 +62,9 @@ class Inference:
         self.held_bytes = 0
         """The bodies that are here, see gateway.max_buffered."""
         self.loop = asyncio.get_running_loop()
+        self.id_prefix = f"{secrets.token_hex(3)}-".encode()
+        """Of the ids of requests: no other process has the same."""
+        self.last_number = 0
 
     def has_room(self, more: int = 0) -> bool:
         """Whether `more` bytes of bodies may be held besides. With workers, each process has its share."""
@@ -82,6 +88,9 @@ class InferenceExchange(WaitingExchange):
         self, client: "ClientConnection", request: RequestHead, length: int | None, shared: Inference, route: Route
     ) -> None:
         super().__init__(client, request, length, shared)
+        self.number = shared.last_number = shared.last_number + 1
+        if not self.id_line:
+            self.id_line = own_line(shared.id_prefix, self.number)
         self._route = route
         self._pieces: list[bytes] | None = None
         self._body_size = 0
@@ -203,7 +212,15 @@ class InferenceExchange(WaitingExchange):
         waiting = self.upstream is None and (self._place is None or self._place.waiting)
         if self._model is None or self.over or not waiting or self.request.websocket:
             return None
-        return self.request.written(len(self._body_in), self._wait_left()) + self._body_in
+        return self.request.written(len(self._body_in), self._wait_left(), self.id_line) + self._body_in
+
+    def account(self) -> Account | None:
+        """How it stands; None while it is not known which model it is for."""
+        if self._model is None or self.over:
+            return None
+        state = "waiting" if self.upstream is None else "answering" if self.status else "sent"
+        tokens = tokens_so_far(self._before + self._tail)
+        return Account(self._shared.id_prefix, self.number, self._model, state, self._begun, self._stream, self._sent, tokens)
 
     def withdraw(self) -> None:
         self._model = None  # its counters are the other's
@@ -215,11 +232,12 @@ class InferenceExchange(WaitingExchange):
             host = request.host or host
         framed = body or self.length is not None
         framing = b"Content-Length: " + str(len(body)).encode() + b"\r\n" if framed else self._unframed()
-        head = b"%b %b%b HTTP/1.1\r\nHost: %b\r\n%b%b\r\n" % (  # nothing but %b, which mypyc joins by itself
+        head = b"%b %b%b HTTP/1.1\r\nHost: %b\r\n%b%b%b\r\n" % (  # nothing but %b, which mypyc joins by itself
             request.method,
             connections.prefix,
             self._target,
             host,
+            self.id_line,
             request.engine_lines,
             framing,
         )

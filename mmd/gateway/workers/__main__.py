@@ -14,15 +14,31 @@ import socket
 from collections.abc import Coroutine
 from typing import Any
 
+import msgspec
 import uvloop
 
-from mmd.gateway.channel import Channel, connection_of, from_memory
+from mmd.gateway.channel import Channel, connection_of, from_memory, in_memory
 from mmd.gateway.log import log_to_journal
 from mmd.gateway.relay.inference import Inference
+from mmd.gateway.requests import cancel, requests_on
 from mmd.gateway.server import Server
-from mmd.gateway.workers.messages import Accept, Begin, Configured, Connection, Counted, Finish, Leave, Pulse, ToWorker
+from mmd.gateway.workers.messages import (
+    Accept,
+    Begin,
+    CancelRequest,
+    Configured,
+    Connection,
+    Counted,
+    Finish,
+    Found,
+    Leave,
+    ListRequests,
+    Pulse,
+    ToWorker,
+)
 from mmd.gateway.workers.tally import Tally
 from mmd.gateway.workers.tenant import Tenant
+from mmd.status import RequestStatus
 
 _log = logging.getLogger("mmd.gateway")
 
@@ -65,10 +81,17 @@ class Worker:
                 self._server.hand_over(self._give)
             case Finish(timeout_s):
                 self.finish(timeout_s)
+            case ListRequests(number):
+                self._tell(number, requests_on(self._server.connections, self._loop.time()))
+            case CancelRequest(number, request):
+                self._tell(number, cancel(self._server.connections, request, self._loop.time()))
             case Begin():
                 raise AssertionError("it has begun")
             case _:
                 self._tenant.hear(message)
+
+    def _tell(self, number: int, requests: list[RequestStatus]) -> None:
+        self._channel.send(Found(number), in_memory(msgspec.json.encode(requests)))
 
     def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
         task = self._loop.create_task(self._guard(work))

@@ -11,15 +11,18 @@ __all__ = [
     "Ask",
     "AskProgress",
     "Begin",
+    "CancelRequest",
     "Configured",
     "Connection",
     "Counted",
     "Drained",
     "Finish",
+    "Found",
     "GiveBack",
     "Kept",
     "Lease",
     "Leave",
+    "ListRequests",
     "Lost",
     "Progress",
     "Pulse",
@@ -197,5 +200,38 @@ class Finish(msgspec.Struct, frozen=True, tag=True):
     timeout_s: float
 
 
-ToWorker = Begin | Accept | Configured | Lease | Revoke | Admitted | Refused | Progress | Connection | Leave | Finish
-ToDecider = Revoked | Drained | Kept | Ask | Lost | GiveBack | AskProgress | Connection | Pulse
+class ListRequests(msgspec.Struct, frozen=True, tag=True):
+    """Which requests are in hand? Answered by Found."""
+
+    number: int
+
+
+class CancelRequest(msgspec.Struct, frozen=True, tag=True):
+    """End the one with this id, if it is yours. Answered by Found."""
+
+    number: int
+    request: str
+
+
+class Found(msgspec.Struct, frozen=True, tag=True):
+    """The requests that were asked for. Descriptor: a memory file with JSON, a list of mmd.status.RequestStatus."""
+
+    number: int
+
+
+ToWorker = (
+    Begin
+    | Accept
+    | Configured
+    | Lease
+    | Revoke
+    | Admitted
+    | Refused
+    | Progress
+    | Connection
+    | Leave
+    | Finish
+    | ListRequests
+    | CancelRequest
+)
+ToDecider = Revoked | Drained | Found | Kept | Ask | Lost | GiveBack | AskProgress | Connection | Pulse

@@ -17,6 +17,7 @@ from mmd.gateway.channel import connection_of, in_memory
 from mmd.gateway.dispatcher import Dispatcher
 from mmd.gateway.relay.inference import Inference
 from mmd.gateway.serving import Heir
+from mmd.gateway.workers.census import Census
 from mmd.gateway.workers.desk import Desk
 from mmd.gateway.workers.lessor import Lessor
 from mmd.gateway.workers.messages import (
@@ -26,6 +27,7 @@ from mmd.gateway.workers.messages import (
     Connection,
     Drained,
     Finish,
+    Found,
     Kept,
     Leave,
     Pulse,
@@ -72,6 +74,7 @@ class Staff:
         self._workers: list[WorkerProcess] = []
         self._desks: dict[WorkerProcess, Desk] = {}
         self._lessor = Lessor(dispatcher, self._workers)
+        self.census = Census(self._workers)
         self._accepting = False
         self._ending = False
         self._heir: Heir | None = None
@@ -120,6 +123,7 @@ class Staff:
         self._workers.remove(worker)
         self._desks.pop(worker).close()
         self._lessor.forget(worker)
+        self.census.forget(worker)
         burial = self._loop.create_task(self._bury(worker))
         self._burials.add(burial)
         burial.add_done_callback(self._burials.discard)
@@ -191,6 +195,8 @@ class Staff:
                 parsed = UnitName.parse(unit)
                 assert parsed is not None, unit
                 self._lessor.revoked(worker, parsed)
+            case Found():
+                self.census.hear(worker, message, fds)
             case Drained():
                 self._lessor.survey()
             case Kept(answer, model):

@@ -1,0 +1,79 @@
+"""What the admin API answers besides mmd.status: lists, and what came of what was asked for. Wire format, as there."""
+
+from dataclasses import dataclass
+
+from mmd.status import GpuStatus, ModelStatus, QueuedStatus, RequestStatus
+
+__all__ = ["Changes", "Checked", "Gpus", "LogLine", "Models", "Queue", "Requests", "WrongSetting"]
+
+
+@dataclass(frozen=True, slots=True)
+class Models:
+    models: tuple[ModelStatus, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Gpus:
+    gpus: tuple[GpuStatus, ...]
+    problem: str = ""
+    """Why they cannot be read at present."""
+
+
+@dataclass(frozen=True, slots=True)
+class Queue:
+    """The requests that wait for a model, model by model, the next one first."""
+
+    queue: tuple[QueuedStatus, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Requests:
+    """The requests for models that are not over, the oldest first."""
+
+    requests: tuple[RequestStatus, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class WrongSetting:
+    """One mistake in a configuration."""
+
+    file: str
+    line: int
+    """From 1; 0 when the whole file is meant."""
+    key: str
+    message: str
+    hint: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Checked:
+    """What was found in a configuration."""
+
+    ok: bool
+    models: int
+    gpus: int
+    """Those that it declares."""
+    problems: tuple[WrongSetting, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Changes:
+    """What a reload changed, names of models; with problems nothing has."""
+
+    changed: tuple[str, ...] = ()
+    added: tuple[str, ...] = ()
+    removed: tuple[str, ...] = ()
+    problems: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class LogLine:
+    time: float
+    message: str
+    priority: int
+    """0 (emergency) to 7 (debug), see syslog(3)."""
+    model: str = ""
+    """The unit id of the model that wrote it; "" of others."""
+    unit: str = ""
+    identifier: str = ""
+    pid: int = 0
