@@ -3,6 +3,7 @@
 import os
 import shlex
 import subprocess
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from mmd.ctl.client import Reloaded
@@ -11,7 +12,7 @@ from mmd.ctl.context import Context
 from mmd.ctl.exits import CtlError, Exit
 from mmd.scope import ScopeKind
 
-__all__ = ["reload"]
+__all__ = ["bring_into_use", "is_active", "load_states", "reload"]
 
 _GATEWAY = "mmd-gateway.service"
 _SOCKETS = ("mmd-gateway.socket", "mmd-admin.socket", "mmd-admin-tcp.socket")
@@ -71,7 +72,7 @@ def _reload_gateway(context: Context) -> list[str]:
 
     Through the admin API, which answers when it is done, with what changed. `systemctl reload` has a fresh process
     read it, and no answer: that is for a gateway whose admin socket cannot be reached."""
-    if not _is_active(context):
+    if not is_active(context, _GATEWAY):
         return ["mmd-gateway is not running; it reads the configuration when it starts"]
     try:
         reloaded = context.client.reload()
@@ -86,14 +87,26 @@ def _reload_gateway(context: Context) -> list[str]:
     return _changes(reloaded)
 
 
+def bring_into_use(context: Context) -> None:
+    """What `reload` does, without a word about what it changed."""
+    _systemctl(context, "daemon-reload")
+    _reload_gateway(context)
+
+
 def _changes(reloaded: Reloaded) -> list[str]:
     kinds = (("added", reloaded.added), ("changed", reloaded.changed), ("removed", reloaded.removed))
     lines = [f"{kind}: {', '.join(models)}" for kind, models in kinds if models]
     return lines or ["nothing has changed since mmd-gateway last read the configuration"]
 
 
-def _is_active(context: Context) -> bool:
-    return "ActiveState=active" in _systemctl(context, "show", "--property=ActiveState", _GATEWAY).splitlines()
+def is_active(context: Context, unit: str) -> bool:
+    """Whether systemd says that a unit is active."""
+    return "ActiveState=active" in _systemctl(context, "show", "--property=ActiveState", unit).splitlines()
+
+
+def load_states(context: Context, units: Sequence[str]) -> list[str]:
+    """The LoadState of each unit: `loaded`, `not-found`, and so on."""
+    return _systemctl(context, "show", "--property=LoadState", "--value", *units).split() if units else []
 
 
 def _systemctl(context: Context, *words: str) -> str:

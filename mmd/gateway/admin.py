@@ -37,6 +37,7 @@ class AdminApi:
         self._operations: dict[str, _Operation] = {
             "start": operations.start,
             "wake": operations.start,
+            "verify": operations.verify,
             "stop": operations.stop,
             "sleep": operations.sleep,
             "restart": operations.restart,

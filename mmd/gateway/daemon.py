@@ -24,6 +24,7 @@ from mmd.gateway.lesson_book import LessonBook
 from mmd.gateway.lifecycle import Lifecycle
 from mmd.gateway.memory import Memory
 from mmd.gateway.openai import OpenAiApi
+from mmd.gateway.registry_api import RegistryApi
 from mmd.gateway.relay.inference import Inference
 from mmd.gateway.relief import Guests, relieve
 from mmd.gateway.snapshot import Snapshot
@@ -106,10 +107,11 @@ class Daemon:
     def _make_servers(self) -> None:
         api = OpenAiApi(self.dispatcher)
         admin = AdminApi(self.dispatcher, self.snapshot, self.reload)
-        over_tcp = [_read_only(route, self.dispatcher) for route in admin.routes()]
+        own = [*admin.routes(), *RegistryApi(self.dispatcher, self.snapshot, self._scope).routes()]
+        over_tcp = [_read_only(route, self.dispatcher) for route in own]
         routes = {
             "mmd-api": api.routes(),
-            "mmd-admin": [*api.routes(), *admin.routes()],
+            "mmd-admin": [*api.routes(), *own],
             "mmd-admin-tcp": [*api.routes(), *over_tcp],
         }
         self.snapshot.workers = worker_count(self.dispatcher.config.gateway.workers)

@@ -108,7 +108,7 @@ class Dispatcher(Gate):
             self._arm(now)
         if not isinstance(event, Arrived | Finished | Cancelled):
             self._announce()
-        if isinstance(event, Done | Measured | Reset):
+        if isinstance(event, Done | Measured | Observed | Reset):
             self._write_lessons()
 
     def request(self, model: Model, *, operator: bool = False) -> Ticket:

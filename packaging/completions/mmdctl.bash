@@ -12,7 +12,13 @@ _mmdctl() {
         [restart]="--force --no-wait --json"
         [sleep]="--all --force --level --no-wait --json"
         [wake]="--no-wait --json"
+        [verify]="--no-wait --json"
         [reset]="--no-wait --json"
+        [add]="--from --replace --start --no-wait --dry-run --json --id --profile --engine --model --venv --gpus --vram --params
+            --precision --ram --wake-on-request --no-wake-on-request --pin --no-pin --preload --no-preload --priority --concurrency
+            --restart-on-connection-failure --no-restart-on-connection-failure --description --url --workdir --listen --endpoint
+            --alias --arg --env --set"
+        [remove]="--force --no-wait --json"
         [check]="-q --quiet --json"
         [config]="--json"
         [reload]=""
@@ -37,7 +43,10 @@ _mmdctl() {
 
     case $previous in
         --level) choices="1 2" ;;
-        --socket)
+        --engine)
+            [[ $command == add ]] && choices="vllm sim command external"
+            ;;
+        --socket | --from | --venv | --workdir)
             compopt -o filenames
             mapfile -t COMPREPLY < <(compgen -f -- "$current")
             return
@@ -52,7 +61,7 @@ _mmdctl() {
                 compopt -o filenames
                 mapfile -t COMPREPLY < <(compgen -f -- "$current")
                 return
-            elif [[ $command != version && $command != config && $command != reload ]]; then
+            elif [[ $command != add && $command != version && $command != config && $command != reload ]]; then
                 # Not compgen -W, which would expand what is in a name. A gateway that hangs must not hang the shell.
                 while IFS= read -r word; do
                     [[ $word != "$current"* ]] || COMPREPLY+=("$word")
