@@ -130,6 +130,8 @@ class RegistryApi:
                     return await reader.readline()
                 finally:
                     writer.close()
+        except (BrokenPipeError, ConnectionResetError):
+            return b""
         except TimeoutError as error:
             raise ApiError(503, f"nobody answers at {path}; see journalctl -t mmd-registrar", code="no_registrar") from error
         except OSError as error:
