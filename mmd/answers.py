@@ -4,7 +4,19 @@ from dataclasses import dataclass
 
 from mmd.status import GpuStatus, ModelStatus, QueuedStatus, RequestStatus
 
-__all__ = ["Changes", "Checked", "Gpus", "LogLine", "Models", "Queue", "Requests", "WrongSetting"]
+__all__ = [
+    "Changes",
+    "Checked",
+    "Gpus",
+    "Leaving",
+    "LogLine",
+    "Models",
+    "Queue",
+    "Registered",
+    "Removed",
+    "Requests",
+    "WrongSetting",
+]
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,6 +76,33 @@ class Changes:
     added: tuple[str, ...] = ()
     removed: tuple[str, ...] = ()
     problems: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Registered:
+    """Models that were added."""
+
+    models: tuple[ModelStatus, ...]
+    files: tuple[str, ...]
+    """What defines them now."""
+
+
+@dataclass(frozen=True, slots=True)
+class Leaving:
+    """A unit of a model that was removed, which stops when its requests are answered."""
+
+    unit: str
+    in_flight: int
+
+
+@dataclass(frozen=True, slots=True)
+class Removed:
+    """A model that was removed."""
+
+    model: str
+    files: tuple[str, ...]
+    """Those that are gone."""
+    leaving: tuple[Leaving, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -23,7 +23,7 @@ from mmd.setting import Section
 from mmd.settings import TOP
 from mmd.yamlfile import Document, parse
 
-__all__ = ["Loaded", "load", "load_files", "load_text"]
+__all__ = ["Loaded", "load", "load_files", "load_text", "read_files"]
 
 MODEL_KEYS = ("defaults", "profiles", "models")
 """The keys at the top whose values are made of model keys; a drop-in has `models` only."""
@@ -38,6 +38,12 @@ class Loaded(NamedTuple):
 
 def load(scope: Scope) -> Loaded:
     """The configuration in `scope.config_dir`. Never raises for what is in the files, or for their absence."""
+    files, problems = read_files(scope)
+    return load_files(files, scope=scope, problems=problems)
+
+
+def read_files(scope: Scope) -> tuple[list[tuple[Path, bytes]], list[Problem]]:
+    """What is in the files of `scope.config_dir`, mmd.yaml first, and which of them cannot be read."""
     problems: list[Problem] = []
     files: list[tuple[Path, bytes]] = []
     for file in (scope.config_file, *_drop_ins(scope.config_dir / "models.d", problems)):
@@ -48,7 +54,7 @@ def load(scope: Scope) -> Loaded:
             problems.append(Problem(file, 0, "", "no such file", hint))
         except OSError as error:
             problems.append(Problem(file, 0, "", f"cannot be read: {error.strerror}"))
-    return load_files(files, scope=scope, problems=problems)
+    return files, problems
 
 
 def load_text(text: str | bytes, *, file: Path = Path("mmd.yaml"), scope: Scope | None = None) -> Loaded:

@@ -44,6 +44,11 @@ class Scope(NamedTuple):
         """Where systemd starts a GPU probe (mmd-gpu-probe.socket)."""
         return self.runtime_dir / "gpu-probe.sock"
 
+    @property
+    def registrar_socket(self) -> Path:
+        """Where the gateway asks for a model to be added or removed (mmd-registrar.socket)."""
+        return self.runtime_dir / "registrar.sock"
+
     def unit_dir(self, unit: UnitName) -> Path:
         """The runtime directory of one model unit."""
         return self.model_dir / f"{unit.id}@{unit.placement}"

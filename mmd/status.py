@@ -32,6 +32,8 @@ __all__ = [
 class ModelState(StrEnum):
     """A model's state, as people see it (architecture.md, model states)."""
 
+    PENDING = "pending"
+    """Registered, and no engine has been ready with its definition yet."""
     STOPPED = "stopped"
     STARTING = "starting"
     READY = "ready"
@@ -178,6 +180,8 @@ class ModelStatus:
     vram_bytes: int = 0
     """Per GPU, awake: declared, else estimated. What has been learned is in `reckoning`."""
     gpus: int = 0
+    revision: str = ""
+    """The fingerprint of its definition as configured; none of a unit that is no longer configured."""
     reckoning: Reckoning | None = None
     """None of a server that mmd does not start, and of a unit that is no longer configured."""
     in_flight: int = 0
@@ -234,7 +238,7 @@ def _reckoning(raw: Mapping[str, Any] | None) -> Reckoning | None:
 
 @dataclass(frozen=True, slots=True)
 class Progress:
-    """One line of the answer to an operation (start, stop, restart, sleep, wake): newline-delimited JSON.
+    """One line of the answer to an operation (start, verify, stop, restart, sleep, wake): newline-delimited JSON.
 
     Lines with `done` false tell how it goes; exactly one with `done` true ends the answer.
     """

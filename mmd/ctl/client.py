@@ -12,13 +12,15 @@ from urllib.parse import quote
 from mmd.ctl.exits import CtlError, Exit
 from mmd.ctl.http import ProtocolError, Response, request
 from mmd.scope import ScopeKind
-from mmd.status import Progress, RequestStatus, Status
+from mmd.status import ModelStatus, Progress, RequestStatus, Status, model_from_json
 
 __all__ = ["Client", "Happening", "Operation", "Reloaded", "Verb"]
 
 _MODELS = "/api/v1/models/"
 _REQUESTS = "/api/v1/requests"
 _RELOAD_TIMEOUT_S = 60.0
+_REGISTER_TIMEOUT_S = 120.0
+"""The gateway gives up before: after 30 s for the files and 60 s until they are in use."""
 
 
 class Verb(StrEnum):
@@ -27,6 +29,7 @@ class Verb(StrEnum):
     RESTART = "restart"
     SLEEP = "sleep"
     WAKE = "wake"
+    VERIFY = "verify"
     RESET = "reset"
     PIN = "pin"
     UNPIN = "unpin"
@@ -114,6 +117,19 @@ class Client:
                 if "data" in fields:
                     yield Happening(fields.get("id", ""), json.loads(fields["data"]))
                 fields = {}
+
+    def add(self, models: Mapping[str, object], *, replace: bool) -> tuple[list[ModelStatus], list[str]]:
+        """Registers models and waits until they are in use: what they are, and the files that define them."""
+        path = f"{_MODELS[:-1]}?replace={str(replace).lower()}"
+        with self._call("POST", path, body={"models": models}, timeout_s=_REGISTER_TIMEOUT_S) as response:
+            answer = json.loads(response.read())
+            return [model_from_json(model) for model in answer["models"]], [str(file) for file in answer["files"]]
+
+    def remove(self, model: str, *, force: bool) -> list[str]:
+        """Takes a model out of the configuration and waits until it is out of use: the files that are gone."""
+        path = f"{_MODELS}{quote(model, safe='')}?force={str(force).lower()}"
+        with self._call("DELETE", path, timeout_s=_REGISTER_TIMEOUT_S) as response:
+            return [str(file) for file in json.loads(response.read())["files"]]
 
     def operate(self, model: str, operation: Operation) -> Iterator[Progress]:
         """Begins `operation` and yields how it goes, the line with `done` last. Reads without a time-out: a model may load

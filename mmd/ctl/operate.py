@@ -23,7 +23,7 @@ _REDRAW_INTERVAL_S = 1.0
 _QUIET_LIMIT_S = 30.0
 """After so long without a word about any model the gateway is asked whether it still answers."""
 _ALL = {
-    Verb.STOP: frozenset(ModelState) - {ModelState.STOPPED, ModelState.STOPPING, ModelState.EXTERNAL},
+    Verb.STOP: frozenset(ModelState) - {ModelState.PENDING, ModelState.STOPPED, ModelState.STOPPING, ModelState.EXTERNAL},
     Verb.SLEEP: frozenset({ModelState.READY, ModelState.DRAINING}),
 }
 """The states of the models that `--all` means."""

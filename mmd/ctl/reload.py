@@ -13,7 +13,7 @@ from mmd.ctl.context import Context
 from mmd.ctl.exits import CtlError, Exit
 from mmd.scope import ScopeKind
 
-__all__ = ["reload"]
+__all__ = ["bring_into_use", "is_active", "load_states", "reload"]
 
 _GATEWAY = "mmd-gateway.service"
 _GATEWAY_SOCKET = "mmd-gateway.socket"
@@ -33,14 +33,8 @@ def reload(context: Context) -> Exit:
     if problems:
         print("\n".join(map(str, problems)))
         raise CtlError("nothing was reloaded", hint="the configuration has problems; what was in use stays in use")
-    before = _sockets(context)
-    _systemctl(context, "daemon-reload")
-    after = _sockets(context)
-    print("\n".join(_reload_gateway(context)))
-    moved = [unit for unit, now in after.items() if now.defined and now.moved_from(before.get(unit, _NONE))]
-    gone = [unit for unit, now in after.items() if not now.defined and now.active]
-    _follow_ports(context, after, moved, gone)
-    moved, gone = _others(moved), _others(gone)
+    changes, moved, gone = bring_into_use(context)
+    print("\n".join(changes))
     if moved:
         print(f"{', '.join(moved)}: to listen where the configuration says now:")
         print(f"  {shlex.join((*context.systemctl, 'restart', *moved, _GATEWAY))}")
@@ -103,7 +97,7 @@ def _reload_gateway(context: Context) -> list[str]:
 
     Through the admin API, which answers when it is done, with what changed. `systemctl reload` has a fresh process
     read it, and no answer: that is for a gateway whose admin socket cannot be reached."""
-    if not _is_active(context):
+    if not is_active(context, _GATEWAY):
         return ["mmd-gateway is not running; it reads the configuration when it starts"]
     try:
         reloaded = context.client.reload()
@@ -118,14 +112,33 @@ def _reload_gateway(context: Context) -> list[str]:
     return _changes(reloaded)
 
 
+def bring_into_use(context: Context) -> tuple[list[str], list[str], list[str]]:
+    """Has systemd and the gateway read the files, and the models' ports follow: what that changed, in words, and which other
+    sockets have moved or are gone."""
+    before = _sockets(context)
+    _systemctl(context, "daemon-reload")
+    after = _sockets(context)
+    changes = _reload_gateway(context)
+    moved = [unit for unit, now in after.items() if now.defined and now.moved_from(before.get(unit, _NONE))]
+    gone = [unit for unit, now in after.items() if not now.defined and now.active]
+    _follow_ports(context, after, moved, gone)
+    return changes, _others(moved), _others(gone)
+
+
 def _changes(reloaded: Reloaded) -> list[str]:
     kinds = (("added", reloaded.added), ("changed", reloaded.changed), ("removed", reloaded.removed))
     lines = [f"{kind}: {', '.join(models)}" for kind, models in kinds if models]
     return lines or ["nothing has changed since mmd-gateway last read the configuration"]
 
 
-def _is_active(context: Context) -> bool:
-    return "ActiveState=active" in _systemctl(context, "show", "--property=ActiveState", _GATEWAY).splitlines()
+def is_active(context: Context, unit: str) -> bool:
+    """Whether systemd says that a unit is active."""
+    return "ActiveState=active" in _systemctl(context, "show", "--property=ActiveState", unit).splitlines()
+
+
+def load_states(context: Context, units: Sequence[str]) -> list[str]:
+    """The LoadState of each unit: `loaded`, `not-found`, and so on."""
+    return _systemctl(context, "show", "--property=LoadState", "--value", *units).split() if units else []
 
 
 def _systemctl(context: Context, *words: str) -> str:

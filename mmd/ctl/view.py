@@ -23,6 +23,7 @@ _COLOURS = {
     ModelState.STOPPING: Colour.YELLOW,
     ModelState.FAILED: Colour.RED,
     ModelState.STOPPED: Colour.DIM,
+    ModelState.PENDING: Colour.CYAN,
 }
 _STATUS_COLUMNS = (
     Column("MODEL", elastic=True),

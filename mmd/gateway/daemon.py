@@ -17,6 +17,7 @@ from mmd.config import AdminAuth, Config, EngineKind
 from mmd.errors import MmdError
 from mmd.events import GatewayReplaced, GatewayStarted, Reloaded
 from mmd.gateway.admin import AdminApi
+from mmd.gateway.admin.registry import RegistryRoutes
 from mmd.gateway.answer_book import AnswerBook
 from mmd.gateway.api_error import ApiError
 from mmd.gateway.application import ApplicationServer
@@ -96,6 +97,7 @@ class Daemon:
             self.reload,
             connections=self._connections,
             census=lambda: None if self._staff is None else self._staff.census,
+            more=RegistryRoutes(self.dispatcher, self.snapshot, scope).routes(),
         )
 
     async def start(self, predecessor: Predecessor | None = None) -> None:

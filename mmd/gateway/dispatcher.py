@@ -111,7 +111,7 @@ class Dispatcher(Gate):
         if not isinstance(event, Arrived | Finished | Cancelled):
             self._announce()
         self.narrator.heard(event)
-        if isinstance(event, Done | Measured | Reset):
+        if isinstance(event, Done | Measured | Observed | Reset):
             self._write_lessons()
 
     def request(self, model: Model, wait_s: float | None = None, *, operator: bool = False) -> Ticket:

@@ -138,10 +138,11 @@ class Lifecycle:
             self._known.pop(unit, None)
             return Observed(unit, phase, definition=definition, age_s=_age_s(state.since))
         level = await self._level(unit, state, report)
+        start_s = report.load_s + report.warm_up_s if report is not None and report.ready else None
         if level == 0:
-            return Observed(unit, Phase.READY, definition=definition, age_s=_age_s(state.since))
+            return Observed(unit, Phase.READY, definition=definition, age_s=_age_s(state.since), start_s=start_s)
         asleep_since = self._sleepers.since(unit, state.invocation_id)
-        return Observed(unit, Phase.SLEEPING, level, definition, age_s=_age_s(asleep_since))
+        return Observed(unit, Phase.SLEEPING, level, definition, age_s=_age_s(asleep_since), start_s=start_s)
 
     def _report(self, unit: UnitName) -> Report | None:
         """The report of the unit's present run; once it says `ready` it is not read again for every request."""

@@ -1,4 +1,4 @@
-"""What an operator may do to a model: start, wake, stop, sleep, restart, reset, pin, unpin. Each tells how it goes.
+"""What an operator may do to a model: start, wake, verify, stop, sleep, restart, reset, pin, unpin. Each tells how it goes.
 
 Starting goes through the same queue as every request; stopping and sleeping wait for requests in flight unless forced.
 """
@@ -17,9 +17,10 @@ from mmd.gateway.stage import instance_state, model_state
 from mmd.names import UnitName
 from mmd.policy.actions import Sleep, Start, Stop, Wake
 from mmd.policy.admission import lacking
-from mmd.policy.events import Phase, Pinned, Release, Reset
+from mmd.policy.events import Phase, Pinned, Release, Reset, Verify
 from mmd.policy.instance import Instance
 from mmd.policy.state import State
+from mmd.policy.trial import verified
 from mmd.quantity import human_duration
 from mmd.status import ModelState, Progress
 
@@ -27,6 +28,9 @@ __all__ = ["Operations"]
 
 # How often progress is looked at besides on every change of a unit.
 _GLANCE_S = 0.5
+
+# A trial that has not begun by then waits for memory, which may take hours: nobody watches that.
+_TRIAL_BEGINS_S = 3.0
 
 Options = Mapping[str, object]
 
@@ -72,6 +76,41 @@ class Operations:
         verb = "awake" if before is ModelState.SLEEPING else "ready"
         elapsed = human_duration(time.monotonic() - begun)  # with what had to leave first
         yield self._end(model, f"{verb} in {elapsed}{outcome.sizes if outcome and activated else ''}")
+
+    async def verify(self, model: Model, _: Options) -> AsyncIterator[Progress]:
+        """Try a definition by starting it in free memory; when there is none, say so and leave that to the scheduler."""
+        if verified(self._state, model):
+            yield self._end(model, "is verified already")
+            return
+        self._dispatcher.post(Verify(model.name))
+        begun, said = time.monotonic(), ""
+        while not verified(self._state, model):
+            failures = self._state.failures.get(model.name)
+            if model.name not in self._state.trials:
+                why = failures.reason if failures else "its trial was given up"
+                tail = failures.tail if failures else ()
+                yield Progress(model.name, model_state(self._state, model), why, done=True, ok=False, tail=tail)
+                return
+            coming = model.name in self._state.claims or any(i.changing for i in self._state.instances_of(model))
+            if not coming and time.monotonic() - begun > _TRIAL_BEGINS_S:
+                yield self._end(
+                    model, "there is no free memory to try it in; it is tried when there is, or by the first request"
+                )
+                return
+            words = self.words(model)
+            if words != said:
+                said = words
+                yield self._progress(model, words)
+            await self._dispatcher.next_change(_GLANCE_S)
+            if self._dispatcher.retired:
+                yield self._end(model, "the gateway has been replaced meanwhile: ask again", ok=False)
+                return
+        sizes = [
+            self._dispatcher.outcomes[i.unit].sizes
+            for i in self._state.instances_of(model)
+            if i.unit in self._dispatcher.outcomes
+        ]
+        yield self._end(model, f"verified: ready in {human_duration(time.monotonic() - begun)}{next(iter(sizes), '')}")
 
     def words(self, model: Model) -> str:
         """What a model that is to come up is waiting for."""

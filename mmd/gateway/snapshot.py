@@ -18,6 +18,7 @@ from mmd.policy.events import Phase
 from mmd.policy.instance import Instance
 from mmd.policy.ledger import RAM, plus
 from mmd.policy.state import State
+from mmd.registry import revision
 from mmd.sizes import vram_bytes
 from mmd.status import GatewayStatus, GpuStatus, InstanceStatus, ModelStatus, ResourceStatus, Status
 
@@ -114,6 +115,7 @@ class Snapshot:
             instances=tuple(self._instance(instance) for instance in sorted(instances, key=lambda i: i.unit)),
             vram_bytes=vram_bytes(model),
             gpus=model.gpu_count,
+            revision=revision(model),
             reckoning=reckoning(state, model),
             in_flight=sum(i.load for i in instances),
             waiting=len(state.queues.get(model.name, ())),

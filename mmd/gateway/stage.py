@@ -7,6 +7,7 @@ from mmd.policy.actions import Sleep, Start, Stop, Wake
 from mmd.policy.events import Phase
 from mmd.policy.instance import Instance
 from mmd.policy.state import State
+from mmd.policy.trial import verified
 from mmd.status import ModelState
 
 __all__ = ["instance_state", "model_state"]
@@ -53,4 +54,9 @@ def model_state(state: State, model: Model) -> ModelState:
     states = {instance_state(instance) for instance in state.instances_of(model)}
     best = next((candidate for candidate in _BEST_FIRST if candidate in states), ModelState.STOPPED)
     failures = state.failures.get(model.name)
-    return ModelState.FAILED if best is ModelState.STOPPED and failures and failures.final else best
+    if best is not ModelState.STOPPED:
+        return best
+    proven = verified(state, model)
+    if failures and (failures.final or not proven):
+        return ModelState.FAILED
+    return best if proven else ModelState.PENDING

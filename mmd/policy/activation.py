@@ -51,7 +51,7 @@ def revise(state: State) -> None:
     more than expected), so more must leave.
     """
     for name, claim in list(state.claims.items()):
-        wanted = name in state.preload or name in (state.crowded if claim.beside else state.queues)
+        wanted = name in state.preload | state.trials or name in (state.crowded if claim.beside else state.queues)
         free = state.free_later()  # less this claim's own need
         asleep = {RAM} if any(claim.victims.values()) else set()  # they take host memory
         broken = any(free.get(key, 0) < 0 for key in claim.need.keys() | asleep)

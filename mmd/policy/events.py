@@ -33,6 +33,7 @@ __all__ = [
     "Tally",
     "Tick",
     "Unreachable",
+    "Verify",
 ]
 
 
@@ -65,6 +66,8 @@ class Observed:
     """It failed for want of GPU memory."""
     age_s: float = 0.0
     """How long ago it came into this state. Counts where the unit is seen for the first time: it was adopted."""
+    start_s: float | None = None
+    """How long its start took, by its runner; None while it is not ready, and when unknown."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,6 +144,13 @@ class Pinned:
 
     model: str
     pinned: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Verify:
+    """Try a model's definition: start it once, as soon as there is memory that nobody has to give up (mmd.policy.trial)."""
+
+    model: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -267,4 +277,5 @@ Event = (
     | Surveyed
     | Tick
     | Unreachable
+    | Verify
 )

@@ -9,7 +9,7 @@ from mmd.policy.instance import Instance
 from mmd.policy.ledger import RAM, plus
 from mmd.policy.state import State
 
-__all__ = ["learn_gauge", "learn_outcome", "learn_sample", "learn_size", "raise_size", "same_gauge"]
+__all__ = ["learn_gauge", "learn_outcome", "learn_sample", "learn_size", "learn_start", "raise_size", "same_gauge"]
 
 # How much more is reckoned with, at least, after a start ran out of memory: about what estimates are off by.
 _RAISE = 1.15
@@ -38,6 +38,15 @@ def learn_outcome(state: State, instance: Instance, event: Done) -> None:
                 lesson = replace(lesson, held_bytes={**lesson.held_bytes, level: event.held_bytes})
                 _watch_residual(state, instance, level, event.held_bytes)
     state.lessons[name] = lesson
+
+
+def learn_start(state: State, instance: Instance, start_s: float | None) -> None:
+    """How long the start of an instance took that somebody else started, such as an earlier gateway."""
+    if start_s is None or instance.model is None or instance.stale_since is not None:
+        return
+    lesson = state.lesson_of(instance.model.name)
+    if lesson.start_s is None:
+        state.lessons[instance.model.name] = replace(lesson, start_s=start_s)
 
 
 def _watch_residual(state: State, instance: Instance, level: int, held_bytes: int) -> None:

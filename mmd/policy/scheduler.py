@@ -5,7 +5,7 @@ stays so until a new event or the passing of time.
 """
 
 from mmd.names import UnitName
-from mmd.policy import activation, admission, learning, leases, replicas
+from mmd.policy import activation, admission, learning, leases, replicas, trial
 from mmd.policy.actions import Action, Admit, Refusal, Refuse, Sleep, Start, Stop, Wake
 from mmd.policy.events import (
     Arrived,
@@ -29,6 +29,7 @@ from mmd.policy.events import (
     Surveyed,
     Tick,
     Unreachable,
+    Verify,
 )
 from mmd.policy.instance import Failures, Instance, Waiter
 from mmd.policy.lesson import Lesson
@@ -103,6 +104,7 @@ class Scheduler:
         replicas.watch(state, now)
         actions += activation.make_claims(state, now)
         replicas.make_claims(state, now)
+        trial.make_claims(state, now)
         actions += retire(state, now)
         actions += activation.advance(state, now)
         return actions
@@ -127,6 +129,8 @@ class Scheduler:
                 self._reset(model)
             case Pinned(model, pinned):
                 self._pin(model, pinned)
+            case Verify(model):
+                trial.begin(self.state, model)
             case Paused(paused):
                 self.state.paused = paused
             case Inherited():
@@ -163,6 +167,7 @@ class Scheduler:
         instance.release = event
         if event.level or not instance.activating or instance.model is None:
             return []
+        self.state.trials.discard(instance.model.name)
         message = f"{instance.model.name} was stopped by an operator while it was loading"
         return admission.refuse_all(self.state, instance.model.name, Refusal.STOPPED, message, retry_after_s=None)
 
@@ -200,6 +205,7 @@ class Scheduler:
         if seen.phase is Phase.FAILED:
             instance.release = None
         self._check_definition(instance, now)
+        learning.learn_start(self.state, instance, seen.start_s)
         failed = seen.phase is Phase.FAILED and was is not Phase.FAILED
         return self._fail(instance, now, crashed=instance.ready_since is not None) if failed else []
 
@@ -269,6 +275,7 @@ class Scheduler:
         reason = instance.reason or "its unit failed"
         self.state.failures[model.name] = Failures(count, now, retry_at, reason, instance.tail, crashed, final)
         self.state.preload.discard(model.name)
+        self.state.trials.discard(model.name)
         if crashed and not final:
             self.state.preload |= {model.name} if replicas.standing(model) else set()
             return []
@@ -316,6 +323,7 @@ class Scheduler:
         new = [model for name, model in event.config.models.items() if before.models.get(name) != model]
         state.crowded = {name: since for name, since in state.crowded.items() if name in event.config.models}
         state.preload = {name for name in state.preload if name in event.config.models}
+        state.trials = {name for name in state.trials if name in event.config.models}
         state.preload |= {model.name for model in new if replicas.standing(model)}
         for instance in state.instances.values():
             self._check_definition(instance, now)

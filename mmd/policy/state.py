@@ -50,6 +50,8 @@ class State:
     """Decisions are another gateway's for now."""
     preload: set[str] = field(default_factory=set)
     """Models that lack instances which are to stand by."""
+    trials: set[str] = field(default_factory=set)
+    """Models that are to be started once to see whether they work."""
     crowded: dict[str, float] = field(default_factory=dict)
     """Models that have more to do than their instances should, and since when."""
     gpus_awaited: bool = True

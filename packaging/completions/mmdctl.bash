@@ -14,10 +14,17 @@ _mmdctl() {
         [restart]="--force --no-wait --json"
         [sleep]="--all --force --level --no-wait --json"
         [wake]="--no-wait --json"
+        [verify]="--no-wait --json"
         [reset]="--no-wait --json"
         [pin]="--no-wait --json"
         [unpin]="--no-wait --json"
         [cancel]=""
+        [add]="--from --replace --start --no-wait --dry-run --json --id --profile --engine --model --venv --gpus --vram --params
+            --precision --ram --wake-on-request --no-wake-on-request --pin --no-pin --preload --no-preload --priority --concurrency
+            --queue-limit --port --port-protocol
+            --restart-on-connection-failure --no-restart-on-connection-failure --description --url --workdir --listen --endpoint
+            --alias --arg --env --set"
+        [remove]="--force --no-wait --json"
         [check]="-q --quiet --json"
         [config]="--json"
         [reload]=""
@@ -42,7 +49,10 @@ _mmdctl() {
 
     case $previous in
         --level) choices="1 2" ;;
-        --socket)
+        --engine)
+            [[ $command == add ]] && choices="vllm sim command external"
+            ;;
+        --socket | --from | --venv | --workdir)
             compopt -o filenames
             mapfile -t COMPREPLY < <(compgen -f -- "$current")
             return
@@ -62,7 +72,7 @@ _mmdctl() {
                     [[ $word != "$current"* ]] || COMPREPLY+=("${word%% *}")
                 done < <(timeout 2 "${COMP_WORDS[0]}" "${scope[@]}" requests 2>/dev/null | tail -n +2)
                 return
-            elif [[ " version config reload requests events " != *" $command "* ]]; then
+            elif [[ " add version config reload requests events " != *" $command "* ]]; then
                 # Not compgen -W, which would expand what is in a name. A gateway that hangs must not hang the shell.
                 while IFS= read -r word; do
                     [[ $word != "$current"* ]] || COMPREPLY+=("$word")

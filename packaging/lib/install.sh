@@ -161,7 +161,7 @@ start_sockets() {
         journalctl --no-pager -n 10 -t mmd-generator
         return 1
     }
-    systemctl enable --quiet --now mmd-reload.path mmd-gpu-probe.socket
+    systemctl enable --quiet --now mmd-reload.path mmd-gpu-probe.socket mmd-registrar.socket
     systemctl start "${units[@]}" || {
         journalctl --no-pager -n 10 -o cat "${units[@]/#/--unit=}"
         return 1
@@ -188,7 +188,7 @@ renew_gateway() {
 # stop_everything: in one call, so that the gateway does not wait for requests whose models stop as well.
 stop_everything() {
     local units
-    systemctl disable --quiet --now mmd-reload.path mmd-gpu-probe.socket 2>/dev/null || true
+    systemctl disable --quiet --now mmd-reload.path mmd-gpu-probe.socket mmd-registrar.socket 2>/dev/null || true
     mapfile -t units < <(systemctl list-units --all --no-legend --plain 'mmd-*' mmd.slice | awk '{print $1}')
     ((${#units[@]} == 0)) || systemctl stop "${units[@]}" || true
     remark "${#units[@]} units"

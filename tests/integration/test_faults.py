@@ -65,7 +65,7 @@ def test_repeated_failures_end_in_failed_until_reset(faulty: Installation) -> No
         time.sleep(0.5)
     assert _model(faulty, "broken")["state"] == "failed"
     faulty.ctl("reset", "broken")
-    assert _model(faulty, "broken")["state"] == "stopped"
+    assert _model(faulty, "broken")["state"] == "pending"
     faulty.stop_all()
 
 

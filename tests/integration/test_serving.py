@@ -72,7 +72,7 @@ def test_every_endpoint_answers_an_openai_client(serving: Installation) -> None:
 def test_a_second_model_makes_the_first_sleep_and_a_third_request_wakes_it(serving: Installation) -> None:
     assert chat("org/first").status == 200
     assert chat("second").status == 200
-    assert _states(serving) == {"org/first": "sleeping", "second": "ready", "slow": "stopped"}
+    assert _states(serving) == {"org/first": "sleeping", "second": "ready", "slow": "pending"}
     assert chat("org/first").status == 200
     assert _states(serving)["second"] == "sleeping"
     assert serving.show("mmd-model-second@0.service", "ActiveState") == "active", "asleep, not stopped"

@@ -40,6 +40,10 @@ def test_probe_is_sandboxed() -> None:
     assert exposure(UNITS / "mmd-gpu-probe@.service") <= 2.0
 
 
+def test_registrar_is_sandboxed() -> None:
+    assert exposure(UNITS / "mmd-registrar@.service") <= 1.5
+
+
 @pytest.fixture(scope="module")
 def units(booted: Testbed) -> Testbed:
     """The shipped units, users, directories and the polkit rule in place; the sockets and programs are stand-ins."""

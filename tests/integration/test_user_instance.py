@@ -74,3 +74,18 @@ def test_the_gateway_may_restart_without_its_models(alice: _User) -> None:
 def test_mmdctl_reads_logs_and_reloads(alice: _User) -> None:
     assert "Application startup complete" in alice.run("mmdctl", "--user", "logs", "mine").stdout
     assert alice.run("mmdctl", "--user", "reload").returncode == 0
+
+
+def test_mmdctl_adds_and_removes_models_without_root(alice: _User) -> None:
+    sim = ("--engine", "sim", "--gpus", "0", "--set", "sim={load_time: 100ms, tokens_per_second: 500}")
+    added = alice.run("mmdctl", "--user", "add", "new", *sim).stdout
+    assert "new: registered in /home/alice/.config/mmd/models.d/new.yaml" in added
+    assert "new: verified: ready in" in added, "mmd-reload.path is not on here: mmdctl reloads by itself"
+    assert _chat(alice, "new")
+    alice.run("systemctl", "--user", "start", "mmd-reload.path")
+    body = json.dumps({"name": "more", "engine": "sim", "gpus": 0})
+    admin = f"/run/user/{alice.uid}/mmd/admin.sock"
+    posted = alice.run("curl", "-sS", "--unix-socket", admin, "-d", body, "http://localhost/api/v1/models").stdout
+    assert json.loads(posted)["models"][0]["state"] == "pending", "the gateway writes its own user's files by itself"
+    for name in ("new", "more"):
+        assert "nothing of it runs" in alice.run("mmdctl", "--user", "remove", name).stdout

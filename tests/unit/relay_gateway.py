@@ -254,7 +254,7 @@ async def gateway(
     config = Config(gateway=settings or Gateway(), models={model.name: model for model in models})
     dispatcher.reconfigure(config, dict.fromkeys(config.models, "definition"), 1 << 40)
     for unit_id in (endpoints if ready else ()) if isinstance(ready, bool) else ready:
-        dispatcher.post(Observed(UnitName(unit_id, CPU), Phase.READY))
+        dispatcher.post(Observed(UnitName(unit_id, CPU), Phase.READY, start_s=0.5))
     inference = Inference(dispatcher)
     with socket.create_server(("127.0.0.1", 0)) as listening:
         staff = Staff(dispatcher, inference, "mmd-api", [listening]) if workers else None

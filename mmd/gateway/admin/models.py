@@ -66,6 +66,7 @@ class ModelRoutes:
             _Verb("stop", operations.stop, "Stop it, when its requests are answered", StopOptions),
             _Verb("restart", operations.restart, "Stop it, and start it again", StopOptions),
             _Verb("sleep", operations.sleep, "Put it to sleep, when its requests are answered", SleepOptions),
+            _Verb("verify", operations.verify, "Try a model that is pending: start it once, in memory that is free"),
             _Verb("reset", operations.reset, "Forget its failures, and what was learned of it"),
             _Verb("pin", operations.pin, "Let it make room for no other model, from now on"),
             _Verb("unpin", operations.unpin, "Let it make room for others, from now on"),

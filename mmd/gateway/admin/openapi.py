@@ -25,7 +25,7 @@ _ERROR: Final = {
             "required": ["message", "type", "param", "code"],
             "properties": {
                 "message": {"type": "string"},
-                "type": {"enum": ["invalid_request_error", "server_error"]},
+                "type": {"enum": ["invalid_request_error", "rate_limit_error", "server_error"]},
                 "param": {"type": ["string", "null"]},
                 "code": {"type": "string"},
             },
@@ -72,7 +72,7 @@ def _operation(route: Route, by_type: dict[str, Any]) -> dict[str, Any]:
         **({"description": route.description} if route.description else {}),
         "parameters": list(_parameters(route)),
         "responses": {
-            "200": {"description": answer.description, "content": {answer.media: _content(route, by_type)}},
+            str(answer.status): {"description": answer.description, "content": {answer.media: _content(route, by_type)}},
             **{str(status): _error(status) for status in _statuses(route)},
         },
     }

@@ -43,6 +43,7 @@ class ApiResponse:
     type: Any
     """A dataclass of the wire format, or what it is made of."""
     media: str = "application/json"
+    status: int = 200
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,9 +89,9 @@ LAST_EVENT_ID: Final = Parameter(
 """What a browser's EventSource sends when it comes back."""
 
 
-def as_json(value: object) -> web.Response:
+def as_json(value: object, status: int = 200) -> web.Response:
     """The answer that a dataclass of the wire format makes."""
-    return web.Response(body=msgspec.json.encode(value), content_type="application/json", charset="utf-8")
+    return web.Response(status=status, body=msgspec.json.encode(value), content_type="application/json", charset="utf-8")
 
 
 def flag(request: web.Request, name: str) -> bool:
