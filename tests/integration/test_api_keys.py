@@ -60,6 +60,22 @@ def test_a_key_reaches_the_gateway_and_nobody_else(clean: Installation) -> None:
     assert KeyRing.parse(credential(clean)) == KeyRing((), 2)
 
 
+def test_a_drop_in_makes_the_file_necessary(clean: Installation) -> None:
+    drop_in = "/run/systemd/system/mmd-gateway.service.d/keys.conf"
+    clean.write(drop_in, "[Service]\nSetCredential=\nRestart=no\n")
+    clean.systemctl("daemon-reload")
+    try:
+        clean.systemctl("start", GATEWAY, check=False)
+        assert clean.show(GATEWAY, "Result") == "exit-code"
+        assert "Failed to set up credentials" in clean.journal("-u", GATEWAY, "-n", "20")
+        clean.run("mmdctl", "keys", "add", "ci")
+        clean.systemctl("start", GATEWAY)
+        assert KeyRing.parse(credential(clean)).required
+    finally:
+        clean.path(drop_in).unlink()
+        clean.systemctl("daemon-reload")
+
+
 def test_who_is_not_root_is_told_what_to_type(clean: Installation) -> None:
     for words in (("add", "ci", "--models", "demo/*"), ("revoke", "ci")):
         done = clean.run("mmdctl", "keys", *words, user="nobody", check=False)
