@@ -18,6 +18,7 @@ from setuptools import Extension, setup
 COMPILED: Final = (
     "mmd/gateway/relay/client.py",  # reads requests
     "mmd/gateway/relay/head.py",  # looks their heads up
+    "mmd/gateway/relay/known.py",  # unless they are known;
     "mmd/gateway/relay/framing.py",  # knows where bodies end; every event of a stream is looked at
     "mmd/gateway/relay/exchange.py",  # a request and its answer,
     "mmd/gateway/relay/inference.py",  # for an engine

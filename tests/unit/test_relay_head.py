@@ -9,13 +9,13 @@ from hypothesis import strategies as st
 from mmd.gateway.relay.framing import Chunked, Length, chunk, last_chunk
 from mmd.gateway.relay.head import (
     HEAD_MAX_BYTES,
-    KnownHeads,
     MalformedError,
     RequestHead,
     RequestParser,
     ResponseHead,
     ResponseParser,
 )
+from mmd.gateway.relay.known import KnownHeads
 
 _START = b"POST /v1/x HTTP/1.1\r\nHost: a\r\n"
 

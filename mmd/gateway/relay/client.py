@@ -8,8 +8,9 @@ from typing import Final, cast
 from mmd.gateway.api_error import ApiError
 from mmd.gateway.relay.exchange import Exchange, error_lines
 from mmd.gateway.relay.framing import Body, Chunked, Length
-from mmd.gateway.relay.head import KnownHeads, MalformedError, RequestHead, RequestParser
+from mmd.gateway.relay.head import MalformedError, RequestHead, RequestParser
 from mmd.gateway.relay.host import Host
+from mmd.gateway.relay.known import KnownHeads
 
 __all__ = ["ClientConnection"]
 

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Final, Protocol
 
 from mmd.gateway.api_error import ApiError, error_content
 from mmd.gateway.relay.framing import Body, Chunked, Empty, Length, ToTheEnd, chunk, last_chunk
-from mmd.gateway.relay.head import KnownHeads, MalformedError, RequestHead, ResponseHead, ResponseParser, head_lines
+from mmd.gateway.relay.head import MalformedError, RequestHead, ResponseHead, ResponseParser, head_lines
+from mmd.gateway.relay.known import KnownHeads
 
 if TYPE_CHECKING:
     from mmd.gateway.relay.client import ClientConnection
