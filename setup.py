@@ -18,10 +18,13 @@ from setuptools import Extension, setup
 COMPILED: Final = (
     "mmd/gateway/relay/client.py",  # reads requests
     "mmd/gateway/relay/head.py",  # looks their heads up
-    "mmd/gateway/relay/known.py",  # unless they are known;
+    "mmd/gateway/relay/known.py",  # unless they are known,
+    "mmd/gateway/relay/access.py",  # and whose key came with them,
+    "mmd/gateway/relay/visitor.py",  # which may do this and that;
     "mmd/gateway/relay/framing.py",  # knows where bodies end; every event of a stream is looked at
     "mmd/gateway/relay/exchange.py",  # a request and its answer,
     "mmd/gateway/relay/inference.py",  # for an engine
+    "mmd/gateway/relay/refused.py",  # or for nobody
     "mmd/gateway/relay/application.py",  # or for the application: no class of the interpreter's can inherit from a compiled one
     "mmd/gateway/relay/routing.py",  # of the model that is asked for
     "mmd/gateway/relay/engine.py",  # takes an engine's connection, and gives it back

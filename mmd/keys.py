@@ -119,23 +119,24 @@ class Rate:
     It is kept as one time (GCRA). When the keys change it may stay in use while the key's limit is the same.
     """
 
-    __slots__ = ("_full_at_s", "_interval_s", "_slack_s", "limit")
+    __slots__ = ("_interval_s", "_slack_s", "full_at_s", "limit")
 
     def __init__(self, limit: Limit) -> None:
         self.limit = limit
         self._interval_s = limit.period_s / limit.requests
         # A microsecond, so that a rounding error does not send away a client that waited for as long as it was told.
         self._slack_s = limit.period_s - self._interval_s + 1e-6
-        self._full_at_s = float("-inf")
+        self.full_at_s = float("-inf")
+        """When the bucket will be full again."""
 
     def take(self, now_s: float) -> float:
         """Lets a request in and returns 0; or returns in how many seconds one will be, and takes nothing. `now_s` is of a
         monotonic clock."""
-        due_s = max(self._full_at_s, now_s)
+        due_s = max(self.full_at_s, now_s)
         wait_s = due_s - now_s - self._slack_s
         if wait_s > 0:
             return wait_s
-        self._full_at_s = due_s + self._interval_s
+        self.full_at_s = due_s + self._interval_s
         return 0.0
 
 

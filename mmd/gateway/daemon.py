@@ -10,22 +10,22 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from aiohttp import web
-
-from mmd.config import AdminAuth, Config, EngineKind
+from mmd.config import Config, EngineKind
 from mmd.errors import MmdError
 from mmd.gateway.admin import AdminApi
-from mmd.gateway.api_error import ApiError
+from mmd.gateway.admin_access import AdminAccess
 from mmd.gateway.application import ApplicationServer
 from mmd.gateway.dispatcher import Dispatcher
 from mmd.gateway.gauges import Gauges, host_ram_bytes
 from mmd.gateway.handover import Predecessor
+from mmd.gateway.keeper import Keeper
 from mmd.gateway.lesson_book import LessonBook
 from mmd.gateway.lifecycle import Lifecycle
 from mmd.gateway.memory import Memory
 from mmd.gateway.openai import OpenAiApi
 from mmd.gateway.relay.inference import Inference
 from mmd.gateway.relief import Guests, relieve
+from mmd.gateway.server import Door
 from mmd.gateway.snapshot import Snapshot
 from mmd.gateway.workers import worker_count
 from mmd.gpu import GpuProvider, open_provider
@@ -73,8 +73,9 @@ class Daemon:
         self.dispatcher = Dispatcher(lifecycle, systemd, self._book)
         self._gauges = Gauges(lambda name: self.dispatcher.scheduler.state.stand(name), self.dispatcher.post)
         self.inference = Inference(self.dispatcher)
-        self._guests = Guests(self.dispatcher, self._servers)
+        self._guests = Guests(self.dispatcher, self._servers, self.inference.access)
         self.snapshot = Snapshot(self.dispatcher, self._memory, self._gauges, scope=scope.kind)
+        self._keeper = Keeper(self.inference.access, self.snapshot)
 
     async def start(self, predecessor: Predecessor | None = None) -> None:
         """Read the configuration, adopt what runs, then accept requests: at once, or when `predecessor` hands over.
@@ -82,6 +83,7 @@ class Daemon:
         MmdError when it is to take over with a configuration that has problems.
         """
         loaded = load(self._scope)
+        self._keeper.load(os.environ)
         if predecessor is not None:
             if loaded.problems:
                 raise MmdError(f"the configuration has problems: {loaded.problems[0]}", hint="mmdctl check")
@@ -97,7 +99,9 @@ class Daemon:
             await self._staff.prepare(self.snapshot.workers)
         if predecessor is not None:
             predecessor.prepared()
-            await self._guests.take_over(predecessor, await predecessor.taken)
+            taken = await predecessor.taken
+            self._keeper.inherit(predecessor.keys)
+            await self._guests.take_over(predecessor, taken)
         for server in self._servers:
             await server.start()
         if self._staff is not None:
@@ -106,23 +110,24 @@ class Daemon:
     def _make_servers(self) -> None:
         api = OpenAiApi(self.dispatcher)
         admin = AdminApi(self.dispatcher, self.snapshot, self.reload)
-        over_tcp = [_read_only(route, self.dispatcher) for route in admin.routes()]
+        access = AdminAccess(lambda: self.dispatcher.config.gateway)
+        administration = [*admin.routes(), *self._keeper.routes()]
         routes = {
-            "mmd-api": api.routes(),
-            "mmd-admin": [*api.routes(), *admin.routes()],
-            "mmd-admin-tcp": [*api.routes(), *over_tcp],
+            "mmd-api": (Door.API, api.routes()),
+            "mmd-admin": (Door.ADMIN_SOCKET, [*api.routes(), *map(access.on_socket, administration)]),
+            "mmd-admin-tcp": (Door.ADMIN_TCP, [*api.routes(), *map(access.over_tcp, administration)]),
         }
         self.snapshot.workers = worker_count(self.dispatcher.config.gateway.workers)
-        for name, found in routes.items():
+        for name, (door, found) in routes.items():
             sockets = [listening.socket for listening in self._sockets if listening.name == name]
             if not sockets:
                 continue
             if self.snapshot.workers == 1 or name != "mmd-api":
-                self._servers.append(ApplicationServer(name, self.inference, found, sockets))
+                self._servers.append(ApplicationServer(name, self.inference, found, sockets, door=door))
                 continue
             from mmd.gateway.workers.staff import Staff  # not imported for nothing: clients wait while a gateway starts
 
-            staff = self._staff = Staff(self.dispatcher, self.inference, name, sockets)
+            staff = self._staff = self._keeper.staff = Staff(self.dispatcher, self.inference, name, sockets)
             server = ApplicationServer(name, self.inference, found, (), elsewhere=staff.give)
             staff.adopt = server.adopt
             self._servers.append(server)
@@ -193,7 +198,9 @@ class Daemon:
 
     async def hand_over(self, command: Sequence[str], announce: Callable[[int], None]) -> bool:
         """Let a fresh gateway go on, see mmd.gateway.relief; True when this one has nothing left to do."""
-        return await relieve(command, self._sockets, self.dispatcher, self._servers, self._guests, self._staff, announce)
+        return await relieve(
+            command, self._sockets, self.dispatcher, self._servers, self._guests, self._staff, self._keeper, announce
+        )
 
     async def stop(self) -> None:
         """Accept nothing more, finish what was accepted, leave the models running."""
@@ -230,17 +237,3 @@ def _definitions(config: Config) -> dict[str, str]:
     """The fingerprint that every model would be started with now, as the generator computes it."""
     units = (model for model in config.models.values() if model.engine is not EngineKind.EXTERNAL)
     return {model.name: definition(model, gpus=config.gpus) for model in units}
-
-
-def _read_only(route: web.RouteDef, dispatcher: Dispatcher) -> web.RouteDef:
-    """Over TCP nobody is known yet: what changes anything is refused unless gateway.admin_auth is open."""
-    if route.method == "GET":
-        return route
-
-    async def guarded(request: web.Request) -> web.StreamResponse:
-        if dispatcher.config.gateway.admin_auth is not AdminAuth.OPEN:
-            raise ApiError(403, "over TCP the administration is read-only; use mmdctl on this machine", code="read_only")
-        response: web.StreamResponse = await route.handler(request)
-        return response
-
-    return web.RouteDef(route.method, route.path, guarded, route.kwargs)

@@ -23,7 +23,9 @@ from mmd.gateway.lesson_book import LessonBook
 from mmd.gateway.lifecycle import Lifecycle
 from mmd.gateway.openai import OpenAiApi
 from mmd.gateway.relay.inference import Inference
+from mmd.gateway.server import Door
 from mmd.gateway.workers.staff import Staff
+from mmd.keys import KeyRing
 from mmd.names import CPU, UnitName
 from mmd.policy.actions import UnitAction
 from mmd.policy.events import Done, Measured, Observed, Phase
@@ -98,6 +100,13 @@ class Running:
         self.inference = inference
         self.port = port
         self.clients: list[Connection] = []
+
+    async def use_keys(self, ring: KeyRing) -> None:
+        """As the daemon does when mmdctl tells it of other keys."""
+        self.inference.access.use(ring)
+        if self.staff is not None:
+            self.staff.tell_keys()
+            await self.staff.keys_known()
 
     async def connect(self) -> "Connection":
         reader, writer = await asyncio.open_connection("127.0.0.1", self.port, limit=1 << 22)
@@ -227,11 +236,21 @@ async def gateway(
     ready: bool = True,
     workers: int | None = None,
     concurrency: int = 0,
+    keys: KeyRing | None = None,
+    door: Door = Door.API,
 ) -> AsyncIterator[Running]:
     """A gateway with one ready CPU model per endpoint; `workers`: processes that relay instead of this one, if any."""
     workers = default_workers if workers is None else workers
     models = {
-        name: Model(name, name, EngineKind.SIM, gpus=0, aliases=(f"alias-of-{name}",), concurrency=concurrency)
+        name: Model(
+            name,
+            name,
+            EngineKind.SIM,
+            gpus=0,
+            aliases=(f"alias-of-{name}",),
+            concurrency=concurrency,
+            lora={f"adapter-of-{name}": "/"},
+        )
         for name in endpoints
     }
     lifecycle = StaticLifecycle(endpoints)
@@ -243,11 +262,12 @@ async def gateway(
         for name in models:
             dispatcher.post(Observed(UnitName(name, CPU), Phase.READY))
     inference = Inference(dispatcher)
+    inference.access.use(keys or KeyRing())
     with socket.create_server(("127.0.0.1", 0)) as listening:
         all_routes = [*OpenAiApi(dispatcher).routes(), *routes]
         staff = Staff(dispatcher, inference, "mmd-api", [listening]) if workers else None
         own, elsewhere = ([], staff.give) if staff is not None else ([listening], None)
-        server = ApplicationServer("mmd-api", inference, all_routes, own, elsewhere=elsewhere)
+        server = ApplicationServer("mmd-api", inference, all_routes, own, elsewhere=elsewhere, door=door)
         if staff is not None:
             staff.adopt = server.adopt
             await staff.prepare(workers)

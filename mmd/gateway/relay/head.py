@@ -8,15 +8,19 @@ without its one Host, CONNECT, fragments in the target, and absurd lengths. test
 The parser sees heads only. Where a head ends is found twice, by us (CR LF CR LF) and by llhttp, and both must agree.
 """
 
-from collections.abc import Iterable
-from typing import Final
+from collections.abc import Iterable, Iterator
+from typing import TYPE_CHECKING, Final
 
 import httptools
 
 from mmd.errors import MmdError
 
+if TYPE_CHECKING:
+    from mmd.gateway.relay.visitor import Visitor
+
 __all__ = [
     "HEAD_MAX_BYTES",
+    "KEY_PROTOCOL",
     "MalformedError",
     "RequestHead",
     "RequestParser",
@@ -105,7 +109,10 @@ class _Head:
 
 
 # Credentials for us are none of the engine's business, and what it compresses we could not count.
-_NOT_TO_ENGINE = frozenset((b"authorization", b"cookie", b"accept-encoding"))
+_NOT_TO_ENGINE = frozenset((b"authorization", b"x-api-key", b"cookie", b"accept-encoding"))
+
+KEY_PROTOCOL: Final = b"openai-insecure-api-key."
+"""Begins the subprotocol by which browsers send a WebSocket's key (platform.openai.com/docs/guides/realtime-websocket)."""
 
 
 class RequestHead(_Head):
@@ -120,6 +127,9 @@ class RequestHead(_Head):
         """The client waits for `100 Continue` before it sends the body."""
         self.engine_lines = b""
         """The fields that an engine gets."""
+        self.visitor: Visitor | None = None
+        """Whose key came with it, as `Access` found out when it had the keys of that `edition`."""
+        self.edition: object = None
 
     def written(self, length: int) -> bytes:
         """The head of the same request with a body of `length` bytes, for another reader."""
@@ -177,7 +187,7 @@ class RequestHead(_Head):
             raise MalformedError("a target has no fragment")
         self.path = self.target.partition(b"?")[0]
         self.continues = self.continues and version == "1.1"
-        self.engine_lines = _lines(field for field in self.fields if field[0] not in _NOT_TO_ENGINE)
+        self.engine_lines = _lines(_for_engine(self.fields))
 
     def _origin_form(self) -> None:
         """Absolute targets are legal (RFC 9112, 3.2.2), and name the host as well."""
@@ -187,6 +197,18 @@ class RequestHead(_Head):
             self.host, self.target = authority, b"/" + path
         elif self.target != b"*" or self.method != b"OPTIONS":
             raise MalformedError("the target is no path")
+
+
+def _for_engine(fields: Iterable[tuple[bytes, bytes, bytes]]) -> Iterator[tuple[bytes, bytes, bytes]]:
+    for lower, name, value in fields:
+        if lower in _NOT_TO_ENGINE:
+            continue
+        if lower == b"sec-websocket-protocol" and KEY_PROTOCOL in value:
+            offered = [each.strip() for each in value.split(b",")]
+            value = b", ".join([each for each in offered if each[: len(KEY_PROTOCOL)] != KEY_PROTOCOL])
+            if not value:
+                continue
+        yield lower, name, value
 
 
 class ResponseHead(_Head):

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from mmd.config import EngineKind, Model
 from mmd.gateway.api_error import ApiError
+from mmd.gateway.relay.access import Access
 from mmd.gateway.relay.counters import USAGE_TAIL_BYTES, Counters
 from mmd.gateway.relay.engine import EngineConnection, EngineConnections, EngineGoneError
 from mmd.gateway.relay.exchange import Exchange, date_line
@@ -18,6 +19,7 @@ from mmd.gateway.relay.framing import chunk, last_chunk
 from mmd.gateway.relay.gate import Gate, Place
 from mmd.gateway.relay.head import RequestHead, ResponseHead, head_lines
 from mmd.gateway.relay.routing import Route
+from mmd.gateway.relay.visitor import Visitor
 from mmd.names import UnitName
 from mmd.quantity import format_size
 
@@ -50,6 +52,7 @@ class Inference:
 
     def __init__(self, gate: Gate) -> None:
         self.gate = gate
+        self.access = Access()
         self.counters: dict[str, Counters] = {}
         """By model name."""
         self.loop = asyncio.get_running_loop()
@@ -65,11 +68,23 @@ class InferenceExchange(Exchange):
     """One request for a model."""
 
     def __init__(
-        self, client: "ClientConnection", request: RequestHead, length: int | None, shared: Inference, route: Route
+        self,
+        client: "ClientConnection",
+        request: RequestHead,
+        length: int | None,
+        shared: Inference,
+        route: Route,
+        visitor: Visitor | None,
     ) -> None:
+        """`visitor`: whose key it comes with; None where no keys are asked for."""
         super().__init__(client, request, length)
         self._shared = shared
         self._route = route
+        self._visitor = visitor
+        self._entered: Visitor | None = None
+        """Where it is counted."""
+        self.counted = False
+        """The gateway before this one has counted it against the limits of its key."""
         self._pieces: list[bytes] | None = None
         self._body_size = 0
         self._model: Model | None = None
@@ -132,10 +147,17 @@ class InferenceExchange(Exchange):
             self.begin()
             return
         try:
-            model, self._stream, self._request, self._target = self._route.aim(self.request, body, config, gate.kept())
+            aim = self._route.aim(self.request, body, config, gate.kept())
         except ApiError as error:
-            self.fail(error)
+            self.fail(error if self._visitor is None else self._visitor.veil(error))
             return
+        model, self._stream, self._request, self._target, name = aim
+        if self._visitor is not None:
+            refusal = self._visitor.enter(model, name, counted=self.counted)
+            if refusal is not None:
+                self.fail(refusal)
+                return
+            self._entered = self._visitor
         self._model, self._body_in = model, body
         if self._route.answers_are_kept:
             self._beginning = b""
@@ -359,6 +381,8 @@ class InferenceExchange(Exchange):
             task.cancel()
         if self._place is not None:
             self._place.close()
+        if self._entered is not None:
+            self._entered.leave()
         if model is None:
             return
         shared = self._shared

@@ -35,6 +35,8 @@ class Aim(NamedTuple):
     """An event stream is asked for."""
     body: bytes
     target: bytes
+    name: str
+    """What the client calls the model, or the adapter of it that it means."""
 
 
 def _named(name: object, config: Config) -> Model:
@@ -78,7 +80,7 @@ class ByBody(Route):
         at_engine = _name_at_engine(model, name)
         if name != at_engine or model.filters.strip or model.filters.set:
             body = rewrite(body, at_engine, model.filters)
-        return Aim(model, found.stream is True, body, request.target)
+        return Aim(model, found.stream is True, body, request.target, name)
 
 
 class ByForm(Route):
@@ -96,7 +98,7 @@ class ByForm(Route):
         if name != at_engine:
             body = body[:start] + at_engine.encode() + body[end:]
         streams = fields.get("stream", (0, 0))
-        return Aim(model, body[streams[0] : streams[1]].lower() in (b"true", b"1"), body, request.target)
+        return Aim(model, body[streams[0] : streams[1]].lower() in (b"true", b"1"), body, request.target, name)
 
 
 class ByQuery(Route):
@@ -104,14 +106,17 @@ class ByQuery(Route):
 
     def aim(self, request: RequestHead, body: bytes, config: Config, kept: Mapping[str, str]) -> Aim:
         query = parse_qsl(request.target.partition(b"?")[2].decode("ascii", "replace"), keep_blank_values=True)
-        name = next((value for key, value in query if key == "model"), "")
+        names = [value for key, value in query if key == "model"]
+        if len(names) > 1:  # an engine may take the other one, which may not be this client's to use
+            raise ApiError(400, "the request names more than one model", code="model_required", param="model")
+        name = names[0] if names else ""
         model = _named(name, config)
         at_engine = _name_at_engine(model, name)
         target = request.target
         if name != at_engine:
             renamed = [(key, at_engine if key == "model" else value) for key, value in query]
             target = request.path + b"?" + urlencode(renamed, quote_via=quote).encode()
-        return Aim(model, stream=False, body=body, target=target)
+        return Aim(model, stream=False, body=body, target=target, name=name)
 
 
 class ByPath(Route):
@@ -128,7 +133,8 @@ class ByPath(Route):
             if model is not None:
                 rest = b"/" + b"/".join(parts[count:])
                 _permit(model, request, rest)
-                return Aim(model, stream=False, body=body, target=rest + question + query)
+                # Not the name of an adapter: what follows may ask for any of the model's.
+                return Aim(model, stream=False, body=body, target=rest + question + query, name=model.name)
         raise no_such_model(unquote(parts[0].decode("ascii", "replace")), config)
 
 
@@ -145,7 +151,7 @@ class ById(Route):
         if model is None or (action, request.method) not in _ACTIONS:
             words = f"there is no response {name!r} here" if model is None else f"a response has no {action!r} of that kind"
             raise ApiError(404, words, code="not_found")
-        return Aim(model, b"stream=true" in request.target, body, request.target)
+        return Aim(model, b"stream=true" in request.target, body, request.target, model.name)
 
 
 def _permit(model: Model, request: RequestHead, path: bytes) -> None:

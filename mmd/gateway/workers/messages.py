@@ -18,6 +18,8 @@ __all__ = [
     "Finish",
     "GiveBack",
     "Kept",
+    "Keyed",
+    "KeysKnown",
     "Lease",
     "Leave",
     "Lost",
@@ -41,6 +43,14 @@ class Accept(msgspec.Struct, frozen=True, tag=True):
 
 class Configured(msgspec.Struct, frozen=True, tag=True):
     """A configuration is in force. Descriptor: a memory file with the pickled mmd.config.Config."""
+
+
+class Keyed(msgspec.Struct, frozen=True, tag=True):
+    """These API keys are in force. Descriptor: a memory file with the pickled mmd.keys.KeyRing. Answered by KeysKnown."""
+
+
+class KeysKnown(msgspec.Struct, frozen=True, tag=True):
+    """No request is let in by the keys before these any more."""
 
 
 class Lease(msgspec.Struct, frozen=True, tag=True):
@@ -195,5 +205,5 @@ class Finish(msgspec.Struct, frozen=True, tag=True):
     timeout_s: float
 
 
-ToWorker = Begin | Accept | Configured | Lease | Revoke | Admitted | Refused | Stage | Connection | Leave | Finish
-ToDecider = Revoked | Drained | Kept | Ask | Lost | GiveBack | AskStage | Connection | Pulse
+ToWorker = Begin | Accept | Configured | Keyed | Lease | Revoke | Admitted | Refused | Stage | Connection | Leave | Finish
+ToDecider = Revoked | KeysKnown | Drained | Kept | Ask | Lost | GiveBack | AskStage | Connection | Pulse
