@@ -12,6 +12,7 @@ from mmd.ctl.configuration import read
 from mmd.ctl.context import Context
 from mmd.ctl.exits import CtlError, Exit
 from mmd.scope import ScopeKind
+from mmd.units import port_socket_name
 
 __all__ = ["reload"]
 
@@ -29,13 +30,15 @@ def reload(context: Context) -> Exit:
     models' own ports are opened, moved and closed; of the other sockets it says what is to be done."""
     if context.scope.kind is ScopeKind.SYSTEM and os.geteuid() != 0:
         raise CtlError("only root may make systemd read the units again", hint=f"sudo {context.command('reload')}")
-    problems = read(context.scope).problems
-    if problems:
-        print("\n".join(map(str, problems)))
+    loaded = read(context.scope)
+    if loaded.problems:
+        print("\n".join(map(str, loaded.problems)))
         raise CtlError("nothing was reloaded", hint="the configuration has problems; what was in use stays in use")
-    before = _sockets(context)
+    # By name, as a pattern finds only what systemd has in memory: those that are open, not those that are new.
+    ports = [port_socket_name(model) for model in loaded.config.models.values() if model.port is not None]
+    before = _sockets(context, ports)
     _systemctl(context, "daemon-reload")
-    after = _sockets(context)
+    after = _sockets(context, ports)
     print("\n".join(_reload_gateway(context)))
     moved = [unit for unit, now in after.items() if now.defined and now.moved_from(before.get(unit, _NONE))]
     gone = [unit for unit, now in after.items() if not now.defined and now.active]
@@ -87,8 +90,8 @@ def _follow_ports(context: Context, sockets: Mapping[str, _Socket], moved: Seque
         _systemctl(context, "start", *opened)
 
 
-def _sockets(context: Context) -> dict[str, _Socket]:
-    text = _systemctl(context, "show", "--property=Id,LoadState,ActiveState,Listen", *_SOCKETS, _PORTS)
+def _sockets(context: Context, ports: Sequence[str]) -> dict[str, _Socket]:
+    text = _systemctl(context, "show", "--property=Id,LoadState,ActiveState,Listen", *_SOCKETS, *ports, _PORTS)
     sockets = {}
     for block in filter(None, text.strip().split("\n\n")):
         lines = frozenset(block.splitlines())
