@@ -34,7 +34,7 @@ def reload(context: Context) -> Exit:
     if loaded.problems:
         print("\n".join(map(str, loaded.problems)))
         raise CtlError("nothing was reloaded", hint="the configuration has problems; what was in use stays in use")
-    # By name, as a pattern finds only what systemd has in memory: those that are open, not those that are new.
+    # By name, as systemctl leaves inactive units out of what a pattern finds: new ones would be missed.
     ports = [port_socket_name(model) for model in loaded.config.models.values() if model.port is not None]
     before = _sockets(context, ports)
     _systemctl(context, "daemon-reload")

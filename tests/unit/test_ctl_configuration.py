@@ -212,7 +212,7 @@ def test_reload_moves_the_ports_of_models(machine: Machine) -> None:
     assert (result.returncode, len(result.stdout.splitlines())) == (0, 1)
     shown = [line for line in (machine.root / "everything").read_text().splitlines() if "=Id" in line]
     assert shown, "asked for"
-    assert all("mmd-port-new.socket" in line for line in shown), "systemd does not have it in memory"
+    assert all("mmd-port-new.socket" in line for line in shown), "a pattern does not find what is inactive"
     assert asked == [
         "--user daemon-reload",
         "--user stop mmd-port-a.socket mmd-port-b.socket mmd-port-gone.socket",
