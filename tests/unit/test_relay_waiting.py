@@ -305,6 +305,6 @@ def test_words_are_one_line_and_name_nobody_else(tmp_path: Path) -> None:
             now = asyncio.get_running_loop().time()
             assert progress(state, model, 7, {}, now) == "m is stopped: it waits for room; about 40 s left"
             state.lessons["m"] = replace(state.lessons["m"], start_s=None)
-            assert progress(state, model, 7, {}, now) == "m is stopped: it waits for room", "no guesses"
+            assert progress(state, model, 7, {}, now) == "m is pending: it waits for room", "no guesses"
 
     run(check())
