@@ -17,7 +17,7 @@ from mmd.gateway.relay.cors import CorsExchange, cors_lines
 from mmd.gateway.relay.exchange import Exchange
 from mmd.gateway.relay.head import RequestHead
 from mmd.gateway.relay.inference import Inference, InferenceExchange
-from mmd.gateway.relay.routing import ROUTES, find_route
+from mmd.gateway.relay.routing import ROUTES, Route, find_route
 from mmd.gateway.serving import Heir
 
 __all__ = ["BACKLOG", "GRACE_S", "Server"]
@@ -37,6 +37,9 @@ _CHECK_PAUSE_S = 0.002
 
 class Server:
     """Inference by the relay, on some listening sockets; other requests are another process's to answer."""
+
+    administers = True
+    """Whether /api may be the admin API's here."""
 
     def __init__(
         self,
@@ -108,14 +111,20 @@ class Server:
 
     def exchange(self, client: ClientConnection, request: RequestHead, length: int | None) -> Exchange | None:
         """Who answers this request: a model, or `other`; None: another process."""
-        if request.needs_leave and (answer := CorsExchange.of(client, request, length, self.gateway.cors_origins)) is not None:
-            return answer
-        route = ROUTES.get(request.path) or find_route(request.path)
+        if request.needs_leave:
+            answer = CorsExchange.of(client, request, length, self.gateway.cors_origins, administers=self.administers)
+            if answer is not None:
+                return answer
+        route = self.route(request)
         if self._elsewhere is not None and self._worker is not (route is not None and route.for_workers):
             return None
         if route is None:
             return self.other(client, request, length)
         return InferenceExchange(client, request, length, self._inference, route)
+
+    def route(self, request: RequestHead) -> Route | None:
+        """How to tell its model; None: it is not for one."""
+        return ROUTES.get(request.path) or find_route(request.path)
 
     def other(self, client: ClientConnection, request: RequestHead, length: int | None) -> Exchange:
         """Who answers a request that is not for a model."""
