@@ -206,7 +206,7 @@ def _force(context: Context, name: str) -> None:
 def _bring_into_use(context: Context) -> None:
     """Where nothing watches the files, does what would follow."""
     if not is_active(context, _WATCH):
-        bring_into_use(context)
+        bring_into_use(context, load(context.scope).config)
 
 
 def _wait(context: Context, done: Callable[[], _T | None], names: Iterable[str], teller: _Teller, words: str) -> _T:

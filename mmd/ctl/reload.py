@@ -7,11 +7,13 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
+from mmd.config import Config
 from mmd.ctl.client import Reloaded
 from mmd.ctl.configuration import read
 from mmd.ctl.context import Context
 from mmd.ctl.exits import CtlError, Exit
 from mmd.scope import ScopeKind
+from mmd.units import port_socket_name
 
 __all__ = ["bring_into_use", "is_active", "load_states", "reload"]
 
@@ -29,11 +31,11 @@ def reload(context: Context) -> Exit:
     models' own ports are opened, moved and closed; of the other sockets it says what is to be done."""
     if context.scope.kind is ScopeKind.SYSTEM and os.geteuid() != 0:
         raise CtlError("only root may make systemd read the units again", hint=f"sudo {context.command('reload')}")
-    problems = read(context.scope).problems
-    if problems:
-        print("\n".join(map(str, problems)))
+    loaded = read(context.scope)
+    if loaded.problems:
+        print("\n".join(map(str, loaded.problems)))
         raise CtlError("nothing was reloaded", hint="the configuration has problems; what was in use stays in use")
-    changes, moved, gone = bring_into_use(context)
+    changes, moved, gone = bring_into_use(context, loaded.config)
     print("\n".join(changes))
     if moved:
         print(f"{', '.join(moved)}: to listen where the configuration says now:")
@@ -81,8 +83,8 @@ def _follow_ports(context: Context, sockets: Mapping[str, _Socket], moved: Seque
         _systemctl(context, "start", *opened)
 
 
-def _sockets(context: Context) -> dict[str, _Socket]:
-    text = _systemctl(context, "show", "--property=Id,LoadState,ActiveState,Listen", *_SOCKETS, _PORTS)
+def _sockets(context: Context, ports: Sequence[str]) -> dict[str, _Socket]:
+    text = _systemctl(context, "show", "--property=Id,LoadState,ActiveState,Listen", *_SOCKETS, *ports, _PORTS)
     sockets = {}
     for block in filter(None, text.strip().split("\n\n")):
         lines = frozenset(block.splitlines())
@@ -112,12 +114,14 @@ def _reload_gateway(context: Context) -> list[str]:
     return _changes(reloaded)
 
 
-def bring_into_use(context: Context) -> tuple[list[str], list[str], list[str]]:
-    """Has systemd and the gateway read the files, and the models' ports follow: what that changed, in words, and which other
-    sockets have moved or are gone."""
-    before = _sockets(context)
+def bring_into_use(context: Context, config: Config) -> tuple[list[str], list[str], list[str]]:
+    """Has systemd and the gateway read the files, which say `config`, and the models' ports follow: what that changed, in words,
+    and which other sockets have moved or are gone."""
+    # By name, as systemctl leaves inactive units out of what a pattern finds: new ones would be missed.
+    ports = [port_socket_name(model) for model in config.models.values() if model.port is not None]
+    before = _sockets(context, ports)
     _systemctl(context, "daemon-reload")
-    after = _sockets(context)
+    after = _sockets(context, ports)
     changes = _reload_gateway(context)
     moved = [unit for unit, now in after.items() if now.defined and now.moved_from(before.get(unit, _NONE))]
     gone = [unit for unit, now in after.items() if not now.defined and now.active]

@@ -220,6 +220,7 @@ def test_units_can_be_driven_by_hand_and_a_killed_gateway_comes_back(machine: In
         assert refused(8081)
         assert echoed(connection)
         machine.systemctl("start", "mmd-gateway.socket")
+        machine.wait_until(lambda: not refused(8081), what="it brings the ports along, and systemctl waits for itself only")
         with connect(8081) as other:
             assert echoed(other)
     machine.systemctl("kill", "--kill-whom=main", "--signal=KILL", _GATEWAY)

@@ -24,6 +24,7 @@ models:
 SYSTEMCTL = """\
 #!/bin/sh
 echo "$*" >> "$MMD_TEST/asked"
+echo "$*" >> "$MMD_TEST/everything"
 case "$*" in
 *daemon-reload*) touch "$MMD_TEST/reloaded" ;;
 *"show --property=Id"*) if [ -e "$MMD_TEST/reloaded" ]; then cat "$MMD_TEST/after"; else cat "$MMD_TEST/before"; fi ;;
@@ -199,6 +200,8 @@ def test_reload_moves_the_ports_of_models(machine: Machine) -> None:
         ("mmd-port-gone.socket", "not-found", "active", "127.0.0.1:8083"),
         ("mmd-port-new.socket", "loaded", "inactive", "127.0.0.1:8084"),
     ]
+    with (machine.config_dir / "mmd.yaml").open("a") as file:
+        file.write('  new: {engine: sim, gpus: 0, port: "127.0.0.1:8084"}\n')
     machine.sockets("after", *others, *after)
     with serving(Gateway(example(time.time())), machine.socket):
         result = machine.run("reload")
@@ -207,6 +210,9 @@ def test_reload_moves_the_ports_of_models(machine: Machine) -> None:
         machine.sockets("after", ("mmd-gateway.socket", "loaded", "inactive", "127.0.0.1:8000"), others[1], *after)
         assert machine.run("reload").returncode == 0
     assert (result.returncode, len(result.stdout.splitlines())) == (0, 1)
+    shown = [line for line in (machine.root / "everything").read_text().splitlines() if "=Id" in line]
+    assert shown, "asked for"
+    assert all("mmd-port-new.socket" in line for line in shown), "a pattern does not find what is inactive"
     assert asked == [
         "--user daemon-reload",
         "--user stop mmd-port-a.socket mmd-port-b.socket mmd-port-gone.socket",
