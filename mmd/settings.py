@@ -88,7 +88,8 @@ _GATEWAY = Section(
             kinds.NUMBER_OR_OFF,
             "off",
             "How many connections one client may have over TCP, that is an IPv4 address or an IPv6 network of 64 bits; one "
-            "more gets 429. With workers each process counts its own. Behind a proxy all are one client.",
+            "more gets 429, at a raw port of a model a reset. Models' ports count for themselves, and with workers each "
+            "process. Behind a proxy all are one client.",
         ),
         _TIMEOUTS,
         Setting(

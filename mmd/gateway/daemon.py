@@ -193,9 +193,9 @@ class Daemon:
             return {"changed": [], "added": [], "removed": [], "problems": problems}
         self._use(loaded)
         self._gauges.use(loaded.config)
-        await self._ports.arrange()
-        if self._staff is not None:
+        if self._staff is not None:  # before anybody who waits for the change hears of it, and asks a worker
             self._staff.configure(loaded.config)
+        await self._ports.arrange()
         if worker_count(loaded.config.gateway.workers) != self.snapshot.workers:
             os.kill(os.getpid(), signal.SIGUSR2)  # a fresh process has as many as it should
         if loaded.config.gpus != before.gpus:

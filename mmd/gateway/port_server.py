@@ -15,6 +15,8 @@ _KEPT = b"/v1/responses"
 
 
 class PortServer(Server):
+    administers = False
+
     def __init__(self, name: str, inference: Inference, sockets: Iterable[socket.socket], model: str) -> None:
         super().__init__(name, inference, sockets)
         self.model = model

@@ -53,6 +53,9 @@ _CHECK_PAUSE_S = 0.002
 class Server:
     """Inference by the relay, on some listening sockets; other requests are another process's to answer."""
 
+    administers = True
+    """Whether /api may be the admin API's here."""
+
     def __init__(
         self,
         name: str,
@@ -130,8 +133,10 @@ class Server:
 
     def exchange(self, client: ClientConnection, request: RequestHead, length: int | None) -> Exchange | None:
         """Who answers this request: a model, or `other`; None: another process."""
-        if request.needs_leave and (answer := CorsExchange.of(client, request, length, self.gateway.cors_origins)) is not None:
-            return answer
+        if request.needs_leave:
+            answer = CorsExchange.of(client, request, length, self.gateway.cors_origins, administers=self.administers)
+            if answer is not None:
+                return answer
         route = self.route(request)
         access = self._inference.access
         visitor = access.visitor(request) if access.required and self._door is not Door.ADMIN_SOCKET else None

@@ -15,6 +15,7 @@ from urllib.parse import urlsplit
 from mmd.config import EngineKind, Model
 from mmd.gateway.api_error import ApiError
 from mmd.gateway.dispatcher import Dispatcher
+from mmd.gateway.relay.clients import Clients
 from mmd.gateway.serving import Heir
 from mmd.gateway.ticket import Ticket
 from mmd.gateway.tunnel import RESET, Patience, Tunnel
@@ -39,6 +40,7 @@ class TunnelServer:
         self.name = name
         self.model = model
         self.connections: set[_Visit] = set()
+        self._clients = Clients()
         self.leaving = False
         self.heir: Heir | None = None
         self.dispatcher = dispatcher
@@ -60,7 +62,7 @@ class TunnelServer:
     def _accept(self) -> None:
         for _ in range(_ACCEPT_AT_ONCE):
             try:
-                connection, _address = self._listening.accept()
+                connection, peer = self._listening.accept()
             except (BlockingIOError, InterruptedError, ConnectionAbortedError):
                 return
             except OSError as error:
@@ -68,18 +70,32 @@ class TunnelServer:
                 self._loop.remove_reader(self._listening.fileno())
                 self._retry = self._loop.call_later(_ACCEPT_PAUSE_S, self._listen)
                 return
-            self._take(connection)
+            self._take(connection, peer, fresh=True)
 
-    def _take(self, connection: socket.socket) -> None:
+    def _take(self, connection: socket.socket, peer: object, *, fresh: bool) -> None:
         connection.setblocking(False)
         if connection.family != socket.AF_UNIX:
             # A client that has vanished is noticed at some time, and what it holds here ends.
             connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-        self.connections.add(_Visit(self, connection))
+        visit = _Visit(self, connection)
+        self.connections.add(visit)
+        limit = self.dispatcher.config.gateway.connections_per_client
+        if limit is not None and not self._clients.come(visit, peer, limit, fresh=fresh) and fresh:
+            message = "its client has as many as it may (gateway.connections_per_client)"
+            _log.warning("a connection to the port of %s is closed: %s", self.model, message)
+            visit.abort()
+
+    def went(self, visit: "_Visit") -> None:
+        self.connections.discard(visit)
+        self._clients.go(visit)
 
     async def adopt(self, connection: socket.socket, read: bytes, chunked: bool | None, *, let_in: bool = False) -> None:
         """One that waits for its model: nothing was read of it."""
-        self._take(connection)
+        try:
+            peer = connection.getpeername()
+        except OSError:  # it has gone meanwhile, which is found out as of any other
+            peer = ""
+        self._take(connection, peer, fresh=False)
 
     def hand_over(self, heir: Heir) -> None:
         self.heir = heir
@@ -302,7 +318,7 @@ class _Visit:
         if connection is not None:
             connection.close()
         self._give_back()
-        self._server.connections.discard(self)
+        self._server.went(self)
         task = self._task
         if task is not None and not task.done() and task is not asyncio.current_task():
             task.cancel()

@@ -11,13 +11,15 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from relay_gateway import OK, Connection, Running, Script, engine, gateway, run, until
+from relay_gateway import OK, Connection, Running, Script, chat_bytes, engine, gateway, ok_answer, run, until
 
-from mmd.config import Config, EngineKind, Filters, Model, PortProtocol
+from mmd.config import Config, EngineKind, Filters, Gateway, Model, PortProtocol
 from mmd.gateway.ports import Ports, is_port
+from mmd.gateway.relay.client import ClientConnection
 from mmd.gateway.relay.head import RequestParser
 from mmd.gateway.relay.kept import KeptAnswers
 from mmd.gateway.relay.port_route import PortRoute
+from mmd.gateway.requests import cancel, requests_on
 from mmd.gateway.serving import Serving
 from mmd.systemd.activation import ListenSocket
 
@@ -29,8 +31,8 @@ class Site:
     servers: list[Serving]
     path: Path
 
-    async def configure(self, models: Mapping[str, Model]) -> None:
-        self.running.dispatcher.reconfigure(Config(models=models), {}, 1 << 40)
+    async def configure(self, models: Mapping[str, Model], settings: Gateway | None = None) -> None:
+        self.running.dispatcher.reconfigure(Config(gateway=settings or Gateway(), models=models), {}, 1 << 40)
         await self.ports.arrange()
 
     async def unit(self, verb: str, unit_id: str, listening: socket.socket | None = None) -> int:
@@ -84,6 +86,10 @@ async def ask(listening: socket.socket, body: bytes = b"{}", path: bytes = b"/v1
     finally:
         writer.transport.abort()
     return status, content
+
+
+async def hang(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    await asyncio.sleep(60)
 
 
 @pytest.mark.parametrize("workers", [0, 2], ids=["alone", "workers"])
@@ -319,6 +325,90 @@ def test_a_program_gets_the_host_that_its_client_asked_for(tmp_path: Path) -> No
                 assert await ask(listening) == (200, OK)
             hosts = [head.lower().partition(b"\r\nhost: ")[2].partition(b"\r\n")[0] for head, _ in script.requests]
             assert hosts == [b"x", b"localhost"]
+        listening.close()
+
+    run(work())
+
+
+_PAGE = "https://app.example"
+
+
+def preflight(path: str, origin: str = _PAGE) -> bytes:
+    return f"OPTIONS {path} HTTP/1.1\r\nHost: x\r\nOrigin: {origin}\r\nAccess-Control-Request-Method: POST\r\n\r\n".encode()
+
+
+@pytest.mark.parametrize("kind", [EngineKind.SIM, EngineKind.COMMAND])
+def test_pages_may_call_a_port_as_they_may_the_gateway(tmp_path: Path, kind: EngineKind) -> None:
+    async def work() -> None:
+        listening = socket.create_server(("127.0.0.1", 0))
+        script = Script(ok_answer(more=b"Access-Control-Allow-Origin: https://the.engines\r\nX-Request-Id: its-own\r\n"))
+        async with site(tmp_path, script) as there:
+            models = {"m": Model("m", "m", kind, gpus=0, port=address(listening))}
+            await there.configure(models, Gateway(cors_origins=(_PAGE,)))
+            assert await there.unit("open", "m", listening) == 0
+            connection = Connection(*await asyncio.open_connection(*listening.getsockname()))
+            for path in ("/v1/chat/completions", "/api/prompt"):
+                await connection.send(preflight(path))
+                status, fields, _ = await connection.answer("OPTIONS")
+                assert (status, fields["access-control-allow-origin"]) == (204, _PAGE)
+            await connection.send(preflight("/api/prompt", "https://evil.example"))
+            assert (await connection.answer())[0] == 403
+            assert script.requests == [], "the gateway answers browsers by itself"
+            more = f"Origin: {_PAGE}\r\nX-Request-Id: my-own\r\n".encode()
+            status, fields, _ = await connection.ask(chat_bytes(more=more))
+            assert (status, fields["access-control-allow-origin"], fields["x-request-id"]) == (200, _PAGE, "my-own")
+            assert b"\r\nx-request-id: my-own\r\n" in script.requests[0][0].lower()
+            await there.configure(models, Gateway(cors_origins=("*",)))
+            await connection.send(preflight("/api/prompt"))
+            assert (await connection.answer("OPTIONS"))[0] == 204, "/api is the program's: nothing is administered here"
+            await connection.close()
+            connection = Connection(*await asyncio.open_connection(*listening.getsockname()))
+            await there.configure(models)
+            upgrade = b"Connection: Upgrade\r\nUpgrade: websocket\r\nSec-WebSocket-Version: 13\r\nSec-WebSocket-Key: eA==\r\n"
+            await connection.send(b"GET /v1/realtime HTTP/1.1\r\nHost: x\r\nOrigin: http://y\r\n%b\r\n" % upgrade)
+            assert (await connection.answer())[0] == 403, "a WebSocket of another page"
+            await connection.close()
+        listening.close()
+
+    run(work())
+
+
+def test_a_request_at_a_port_is_listed_and_cancelled(tmp_path: Path) -> None:
+    async def work() -> None:
+        listening = socket.create_server(("127.0.0.1", 0))
+        async with site(tmp_path, hang) as there:
+            await there.configure(model(address(listening)))
+            assert await there.unit("open", "m", listening) == 0
+            asking = asyncio.create_task(ask(listening))
+            await until(lambda: there.running.in_flight == 1)
+            now = asyncio.get_running_loop().time()
+            connections = [each for each in there.servers[0].connections if isinstance(each, ClientConnection)]
+            (listed,) = requests_on(connections, now)
+            assert (listed.model, listed.path, listed.state) == ("m", "/v1/chat/completions", "sent")
+            assert [each.id for each in cancel(connections, listed.id, now)] == [listed.id]
+            status, content = await asking
+            assert (status, json.loads(content)["error"]["code"]) == (503, "cancelled_by_operator")
+            await until(lambda: there.running.in_flight == 0)
+        listening.close()
+
+    run(work())
+
+
+def test_a_client_has_no_more_connections_at_a_port_than_it_may(tmp_path: Path) -> None:
+    async def work() -> None:
+        listening = socket.create_server(("127.0.0.1", 0))
+        async with site(tmp_path, Script()) as there:
+            await there.configure(model(address(listening)), Gateway(connections_per_client=1))
+            assert await there.unit("open", "m", listening) == 0
+            _, writer = await asyncio.open_connection(*listening.getsockname())
+            await until(lambda: there.servers[0].connections)
+            connection = Connection(*await asyncio.open_connection(*listening.getsockname()))
+            status, _, content = await connection.answer()
+            assert (status, json.loads(content)["error"]["code"]) == (429, "too_many_connections")
+            writer.close()
+            await connection.close()
+            await until(lambda: not there.servers[0].connections)
+            assert await ask(listening) == (200, OK)
         listening.close()
 
     run(work())

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 from relay_gateway import Engine, Running, engine, gateway, run, until
 
+from mmd.config import Gateway
 from mmd.gateway.tunnel import Patience
 from mmd.gateway.tunnel_server import TunnelServer
 from mmd.names import CPU, UnitName
@@ -34,11 +35,17 @@ class Port:
 
 @asynccontextmanager
 async def tunnelling(
-    path: Path, serve: Engine, *, ready: bool = True, workers: int = 0, patience: Patience | None = None
+    path: Path,
+    serve: Engine,
+    *,
+    ready: bool = True,
+    workers: int = 0,
+    patience: Patience | None = None,
+    settings: Gateway | None = None,
 ) -> AsyncIterator[Port]:
     async with (
         engine(path / "engine.sock", serve) as endpoint,
-        gateway({"m": endpoint}, ready=ready, workers=workers) as running,
+        gateway({"m": endpoint}, ready=ready, workers=workers, settings=settings) as running,
     ):
         listening = socket.create_server(("127.0.0.1", 0))
         server = TunnelServer("mmd-port-m", running.dispatcher, listening, "m", patience=patience)
@@ -365,3 +372,27 @@ def test_stopping_waits_for_those_in_use_only(tmp_path: Path) -> None:
             writer.close()
 
     scenario(tmp_path, echo, body, patience=Patience(0.3, 0.3))
+
+
+def test_a_client_has_no_more_connections_than_it_may(tmp_path: Path) -> None:
+    async def body(port: Port) -> None:
+        first, second = await port.connect(), await port.connect()
+        for reader, writer in (first, second):
+            writer.write(b"hello")
+            assert await reader.readexactly(5) == b"hello"
+        with pytest.raises(ConnectionResetError):
+            await (await port.connect())[0].read()
+        assert len(port.server.connections) == port.running.in_flight == 2
+        moved, theirs = socket.socketpair()
+        with theirs:
+            await port.server.adopt(moved, b"", None)
+            assert len(port.server.connections) == 3, "a Unix socket's, and one that was let in before"
+        second[1].close()
+        await until(lambda: len(port.server.connections) == 1)
+        reader, writer = await port.connect()
+        writer.write(b"again")
+        assert await reader.readexactly(5) == b"again"
+        for _, each in (first, (reader, writer)):
+            each.close()
+
+    scenario(tmp_path, echo, body, settings=Gateway(connections_per_client=2))

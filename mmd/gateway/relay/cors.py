@@ -39,16 +39,31 @@ def cors_lines(origins: Sequence[str], origin: bytes) -> bytes:
 class CorsExchange(Exchange):
     """An answer to a browser rather than to its page. Whether there is a path, and its method, the page's request finds out."""
 
-    def __init__(self, client: "ClientConnection", request: RequestHead, length: int | None, origins: Sequence[str]) -> None:
+    def __init__(
+        self,
+        client: "ClientConnection",
+        request: RequestHead,
+        length: int | None,
+        origins: Sequence[str],
+        *,
+        administers: bool,
+    ) -> None:
+        """`administers`: /api may be the admin API's."""
         super().__init__(client, request, length)
         self._origins = origins
+        self._administers = administers
 
     @staticmethod
     def of(
-        client: "ClientConnection", request: RequestHead, length: int | None, origins: Sequence[str]
+        client: "ClientConnection",
+        request: RequestHead,
+        length: int | None,
+        origins: Sequence[str],
+        *,
+        administers: bool,
     ) -> "CorsExchange | None":
         """The answer to a request that needs leave; None: it is a WebSocket of a page that may have it."""
-        exchange = CorsExchange(client, request, length, origins)
+        exchange = CorsExchange(client, request, length, origins, administers=administers)
         return None if request.websocket and exchange._may(b"GET") else exchange
 
     def _may(self, method: bytes) -> bool:
@@ -57,7 +72,7 @@ class CorsExchange(Exchange):
         origin = request.origin.decode("ascii", "replace")
         if request.websocket and request.host is not None and request.origin.partition(b"://")[2] == request.host:
             return True
-        changes = request.path.startswith(_ADMIN) and method not in _READING
+        changes = self._administers and request.path.startswith(_ADMIN) and method not in _READING
         return is_open_to(self._origins, origin, by_name=changes)
 
     def begin(self) -> None:
