@@ -67,7 +67,7 @@ class RegistryRoutes:
                     "the settings are those of mmd.yaml(5).",
                     dict[str, Any],
                 ),
-                errors=(409, 413, 415, 503, 504),
+                errors=(409, 413, 503, 504),
             ),
             Route(
                 "DELETE",
@@ -184,9 +184,6 @@ def _was(instance: Instance, name: str) -> bool:
 
 async def _models(request: web.Request) -> dict[str, Any]:
     """What a body defines: `{"name": NAME, SETTING: VALUE, ...}`, or `{"models": {NAME: {SETTING: VALUE}}}` for several."""
-    if "Content-Type" in request.headers and request.content_type != "application/json":
-        message = f"models are JSON, not {request.content_type}: Content-Type: application/json"
-        raise ApiError(415, message, code="unsupported_media_type")
     try:
         raw = json.loads(await request.read())
     except (ValueError, RecursionError) as error:
