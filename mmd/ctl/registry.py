@@ -6,6 +6,7 @@ the files, as if an editor had saved them, and what follows is watched.
 
 import json
 import os
+import shlex
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -17,7 +18,7 @@ from mmd.ctl.client import Operation, Verb
 from mmd.ctl.context import Context
 from mmd.ctl.exits import CtlError, Exit
 from mmd.ctl.operate import operate
-from mmd.ctl.reload import bring_into_use, is_active, load_states
+from mmd.ctl.reload import bring_into_use, is_active, unit_states
 from mmd.ctl.targets import find, targets
 from mmd.ctl.terminal import Colour, LiveLine, printable
 from mmd.ctl.words import duration
@@ -34,6 +35,8 @@ _IN_USE_WITHIN_S = 60.0
 """A reload runs every generator of the machine, and waits for its turn."""
 _GLANCE_S = 0.3
 _WATCH = "mmd-reload.path"
+_RELOAD = "mmd-reload.service"
+_GATEWAY_SOCKET = "mmd-gateway.socket"
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,6 +78,7 @@ def add(context: Context, addition: Addition) -> Exit:
             teller.say(model.name, ModelState.PENDING, f"registered in {file}")
         if not addition.wait:
             return Exit.OK
+    _until_open(context, models)
     for model in models:
         if model.state is ModelState.EXTERNAL:
             teller.say(model.name, model.state, "in use: requests go to its own server", done=True)
@@ -167,9 +171,26 @@ def _until_in_use(context: Context, wanted: Mapping[str, str], teller: _Teller) 
             return None
         models = [found[name] for name in wanted]
         units = [f"mmd-model-{model.id}@cpu.service" for model in models if model.state is not ModelState.EXTERNAL]
-        return models if all(state == "loaded" for state in load_states(context, units)) else None
+        return models if all(state == "loaded" for state in unit_states(context, "LoadState", units)) else None
 
     return _wait(context, there, wanted, teller, "pending: it is being brought into use")
+
+
+def _until_open(context: Context, models: Iterable[ModelStatus]) -> None:
+    """Waits until systemd listens at the models' own ports, which follow when the gateway has the models."""
+    sockets = [f"mmd-port-{model.id}.socket" for model in models if model.port]
+    if not sockets or not is_active(context, _GATEWAY_SOCKET):
+        return
+    deadline_s = time.monotonic() + _IN_USE_WITHIN_S
+    while True:
+        reload, *states = unit_states(context, "ActiveState", [_RELOAD, *sockets])
+        pending = reload in ("activating", "deactivating") or "inactive" in states
+        if not pending or time.monotonic() > deadline_s:
+            break
+        time.sleep(_GLANCE_S)
+    if closed := [unit for unit, state in zip(sockets, states, strict=True) if state != "active"]:
+        hint = shlex.join((*context.systemctl, "status", *closed))
+        raise CtlError(f"in use, but nobody listens: {', '.join(closed)}", hint=hint)
 
 
 def _until_out_of_use(context: Context, name: str, teller: _Teller) -> None:

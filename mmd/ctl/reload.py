@@ -6,6 +6,7 @@ import subprocess
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from typing import Literal
 
 from mmd.config import Config
 from mmd.ctl.client import Reloaded
@@ -15,7 +16,7 @@ from mmd.ctl.exits import CtlError, Exit
 from mmd.scope import ScopeKind
 from mmd.units import port_socket_name
 
-__all__ = ["bring_into_use", "is_active", "load_states", "reload"]
+__all__ = ["bring_into_use", "is_active", "reload", "unit_states"]
 
 _GATEWAY = "mmd-gateway.service"
 _GATEWAY_SOCKET = "mmd-gateway.socket"
@@ -140,9 +141,9 @@ def is_active(context: Context, unit: str) -> bool:
     return "ActiveState=active" in _systemctl(context, "show", "--property=ActiveState", unit).splitlines()
 
 
-def load_states(context: Context, units: Sequence[str]) -> list[str]:
-    """The LoadState of each unit: `loaded`, `not-found`, and so on."""
-    return _systemctl(context, "show", "--property=LoadState", "--value", *units).split() if units else []
+def unit_states(context: Context, kind: Literal["LoadState", "ActiveState"], units: Sequence[str]) -> list[str]:
+    """The state of each unit: `loaded`, `not-found`, and so on, or `active`, `failed`, and so on."""
+    return _systemctl(context, "show", f"--property={kind}", "--value", *units).split() if units else []
 
 
 def _systemctl(context: Context, *words: str) -> str:

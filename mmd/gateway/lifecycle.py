@@ -43,6 +43,10 @@ _PHASES = {
 # Between two attempts to read a unit while systemd is out of reach.
 _REREAD_S = 1.0
 
+# How long systemd may take to read the unit of a model that was just added: the next reload is under way then.
+_LOADED_WITHIN_S = 15.0
+_LOADED_GLANCE_S = 0.2
+
 
 @dataclass(frozen=True, slots=True)
 class _Known:
@@ -213,11 +217,19 @@ class Lifecycle:
 
     async def _start(self, unit: UnitName) -> str:
         """Start a unit; why it did not become ready, or "". A failed unit is reset first, or its start limit refuses."""
-        state = await self._systemd.read(str(unit))
+        state = await self._loaded(unit)
         if state.active_state is ActiveState.FAILED:
             await self._systemd.reset_failed(str(unit))
         result = await self._systemd.start(str(unit))
         return "" if result == "done" else f"its start job ended as {result}"
+
+    async def _loaded(self, unit: UnitName) -> UnitState:
+        """A unit's state. One that systemd does not know may come: a model that was added while the configuration was read again
+        is known here by the files, and to systemd by the reload that follows."""
+        deadline_s = time.monotonic() + _LOADED_WITHIN_S
+        while (state := await self._systemd.read(str(unit))).load_state == "not-found" and time.monotonic() < deadline_s:
+            await asyncio.sleep(_LOADED_GLANCE_S)
+        return state
 
     async def _stop(self, unit: UnitName) -> tuple[str, _Account]:
         """Stop a unit and wait for its memory to come back. One that had to be killed ends as failed: that is cleared."""

@@ -7,6 +7,7 @@ from mmd.policy.actions import Sleep, Start, Wake
 from mmd.policy.events import Done, GpuSample, Measured, Phase, Release
 from mmd.policy.instance import Instance
 from mmd.policy.ledger import RAM, plus
+from mmd.policy.lesson import Lesson
 from mmd.policy.state import State
 
 __all__ = ["learn_gauge", "learn_outcome", "learn_sample", "learn_size", "learn_start", "raise_size", "same_gauge"]
@@ -37,16 +38,22 @@ def learn_outcome(state: State, instance: Instance, event: Done) -> None:
             if event.held_bytes is not None:
                 lesson = replace(lesson, held_bytes={**lesson.held_bytes, level: event.held_bytes})
                 _watch_residual(state, instance, level, event.held_bytes)
-    state.lessons[name] = lesson
+    _learn(state, instance, lesson)
+
+
+def _learn(state: State, instance: Instance, lesson: Lesson) -> None:
+    """What an instance teaches of its model's definition: nothing, if it was started by an earlier one, or the model has gone."""
+    if instance.model is not None and instance.stale_since is None:
+        state.lessons[instance.model.name] = lesson
 
 
 def learn_start(state: State, instance: Instance, start_s: float | None) -> None:
     """How long the start of an instance took that somebody else started, such as an earlier gateway."""
-    if start_s is None or instance.model is None or instance.stale_since is not None:
+    if start_s is None or instance.model is None:
         return
     lesson = state.lesson_of(instance.model.name)
     if lesson.start_s is None:
-        state.lessons[instance.model.name] = replace(lesson, start_s=start_s)
+        _learn(state, instance, replace(lesson, start_s=start_s))
 
 
 def _watch_residual(state: State, instance: Instance, level: int, held_bytes: int) -> None:
@@ -64,7 +71,7 @@ def learn_size(state: State, event: Measured) -> None:
         return
     lesson, seen = state.lesson_of(instance.model.name), min(event.vram_bytes, _most(state, instance))
     if seen > lesson.peak_bytes:
-        state.lessons[instance.model.name] = replace(lesson, peak_bytes=seen)
+        _learn(state, instance, replace(lesson, peak_bytes=seen))
     instance.vram_bytes = max(instance.vram_bytes, seen)
 
 
@@ -82,7 +89,7 @@ def raise_size(state: State, instance: Instance, model: Model) -> bool:
     again = model.name not in state.retried
     state.retried.add(model.name)
     raised = min(int(max(instance.vram_bytes * _RAISE, _room(state, instance))), _most(state, instance))
-    state.lessons[model.name] = replace(state.lesson_of(model.name), raised_bytes=raised)
+    _learn(state, instance, replace(state.lesson_of(model.name), raised_bytes=raised))
     return again
 
 

@@ -9,7 +9,7 @@ from mmd.config import EngineKind, Model
 from mmd.gateway.stage import model_state
 from mmd.names import Placement, UnitName
 from mmd.policy.actions import Sleep, Start, Stop
-from mmd.policy.events import GpuSample, Observed, Phase, Reconfigured, Reset, Sampled, Verify
+from mmd.policy.events import GpuSample, Measured, Observed, Phase, Reconfigured, Reset, Sampled, Verify
 from mmd.policy.lesson import Lesson
 from mmd.policy.trial import verified
 from mmd.status import ModelState
@@ -192,3 +192,18 @@ def test_trials_never_make_anybody_leave(steps: list[tuple[str, int]], workers: 
                 world.give_back(lent)
     assert {action.unit for action in world.actions if isinstance(action, Stop)} <= released
     assert not any(isinstance(action, Sleep) for action in world.actions)
+
+
+@pytest.mark.parametrize("after", [{}, {"a": "another"}], ids=["removed", "replaced"])
+def test_what_starts_by_an_earlier_definition_teaches_nothing(after: dict[str, str]) -> None:
+    """The lessons are those of the definitions in force: of a model that has gone nobody could say which one to keep."""
+    world = World(config_of(sim("a", 14)), 24)
+    world.post(Reconfigured(world.config, {"a": "the first"}, world.ram))
+    world.arrive("a")
+    config = world.config if after else world.config._replace(models={})
+    world.post(Reconfigured(config, after, world.ram))
+    world.complete(unit("a"))
+    world.post(Measured(unit("a"), 13 << 30))
+    state = world.scheduler.state
+    assert state.lessons.keys() == after.keys()
+    assert not after or not verified(state, config.models["a"])

@@ -12,6 +12,7 @@ from aiohttp import web
 from relay_gateway import Engine, Running, engine, gateway
 
 from mmd.gateway.admin import AdminApi
+from mmd.gateway.admin.registry import RegistryRoutes
 from mmd.gateway.application import ApplicationServer
 from mmd.gateway.dispatcher import Dispatcher
 from mmd.gateway.gauges import Gauges
@@ -73,7 +74,11 @@ def scope_in(folder: Path) -> Scope:
 
 
 @asynccontextmanager
-async def administered(folder: Path, serve: Engine, *, workers: int = 0, **options: Any) -> AsyncIterator[Administered]:
+async def administered(
+    folder: Path, serve: Engine, *, workers: int = 0, scope: Scope | None = None, **options: Any
+) -> AsyncIterator[Administered]:
+    """`scope`: whose configuration is shown, checked and added to; by default one without files, and without a registrar."""
+    scope = scope or scope_in(folder)
     made: list[AdminApi] = []
 
     async def no_gpus() -> GpuProvider:
@@ -90,10 +95,11 @@ async def administered(folder: Path, serve: Engine, *, workers: int = 0, **optio
             dispatcher,
             snapshot,
             PinBook(folder / "pins.json"),
-            scope_in(folder),
+            scope,
             reload,
             connections=lambda: [connection for server in servers for connection in server.connections],
             census=lambda: None if staff is None else staff.census,
+            more=RegistryRoutes(dispatcher, snapshot, scope).routes(),
         )
         made.append(api)
         return [api.definition(route) for route in api.routes]

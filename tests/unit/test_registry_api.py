@@ -9,48 +9,28 @@ from typing import Any, cast
 
 import pytest
 from aiohttp import web
+from config_watch import ConfigWatch
 from relay_gateway import Running, Script, chat_bytes, engine, gateway, ok_answer, run, until
 
-from mmd.config import EngineKind
 from mmd.gateway.admin import registry as registry_routes
 from mmd.gateway.admin.registry import RegistryRoutes
 from mmd.gateway.gauges import Gauges
 from mmd.gateway.memory import Memory
 from mmd.gateway.snapshot import Snapshot
-from mmd.load import load
 from mmd.names import CPU, UnitName
 from mmd.policy.events import Verify
 from mmd.scope import Scope
-from mmd.units import definition
 
 _SETTINGS = {"engine": "sim", "gpus": 0}
 
 
 class Registry:
-    """A gateway whose configuration is in a folder, with a watch on that as mmd-reload.path has."""
+    """A gateway whose configuration is in a folder that is watched."""
 
     def __init__(self, running: Running, scope: Scope) -> None:
         self.running = running
         self.scope = scope
-        self.watched = True
-
-    def reload(self) -> None:
-        config = load(self.scope).config
-        known = {m.name: definition(m, gpus=config.gpus) for m in config.models.values() if m.engine is not EngineKind.EXTERNAL}
-        self.running.dispatcher.reconfigure(config, known, 1 << 40)
-        if self.running.staff is not None:
-            self.running.staff.configure(config)
-
-    async def watch(self) -> None:
-        def files() -> list[tuple[str, int]]:
-            return sorted((str(path), path.stat().st_mtime_ns) for path in (self.scope.config_dir / "models.d").glob("*.yaml"))
-
-        seen = files()
-        while True:
-            await asyncio.sleep(0.02)
-            if self.watched and (now := files()) != seen:
-                seen = now
-                self.reload()
+        self.watch = ConfigWatch(running.dispatcher, running.staff, scope)
 
     async def ask(self, method: str, path: str, body: object = None) -> tuple[int, Any]:
         data = body if isinstance(body, bytes) else b"" if body is None else json.dumps(body).encode()
@@ -87,7 +67,7 @@ async def registry(tmp_path: Path, *, workers: int = 0, scope: Scope | None = No
             snapshot = Snapshot(running.dispatcher, cast("Memory", None), cast("Gauges", None), scope="user")
             apis.append(RegistryRoutes(running.dispatcher, snapshot, scope))
             found = Registry(running, scope)
-            watch = asyncio.ensure_future(found.watch())
+            watch = asyncio.ensure_future(found.watch.watch())
             try:
                 yield found
             finally:
@@ -186,7 +166,7 @@ def test_what_does_not_come_into_use_is_said_to_be_written(tmp_path: Path, monke
 
     async def scenario() -> None:
         async with registry(tmp_path) as found:
-            found.watched = False
+            found.watch.on = False
             status, answer = await found.ask("POST", "/api/v1/models", {"name": "new", **_SETTINGS})
             assert (status, answer["error"]["code"]) == (504, "not_in_use")
             assert "models.d/new.yaml is changed, but not in use yet" in answer["error"]["message"]

@@ -77,8 +77,9 @@ def _operation(route: Route, by_type: dict[str, Any]) -> dict[str, Any]:
         },
     }
     if body is not None:
-        content = {media: {"schema": by_type[repr(body.type)]} for media in body.media}
-        described["requestBody"] = {"description": body.description, "required": False, "content": content}
+        example = {} if body.example is None else {"example": body.example}
+        content = {media: {"schema": by_type[repr(body.type)], **example} for media in body.media}
+        described["requestBody"] = {"description": body.description, "required": body.required, "content": content}
     return described
 
 

@@ -10,6 +10,7 @@ import logging
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import msgspec
 from aiohttp import web
 
 from mmd.answers import Leaving, Registered, Removed
@@ -45,6 +46,21 @@ _STATUS: Mapping[Fault, int] = {
 }
 
 
+_EXAMPLE = {"name": "Qwen/Qwen3-0.6B", "engine": "vllm", "venv": "/opt/vllm", "gpus": 0, "ram": "4GiB"}
+
+
+class NewModel(msgspec.Struct, frozen=True):
+    """Beside its name the settings that mmd.yaml(5) has for models."""
+
+    name: str
+
+
+class NewModels(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Settings by name."""
+
+    models: dict[str, dict[str, Any]]
+
+
 class RegistryRoutes:
     def __init__(self, dispatcher: Dispatcher, snapshot: Snapshot, scope: Scope) -> None:
         self._dispatcher = dispatcher
@@ -62,11 +78,7 @@ class RegistryRoutes:
                 ApiResponse("What they are now.", Registered, status=201),
                 description="All or none. Each becomes a file in models.d. `verify` or `start` is the next call.",
                 parameters=(Parameter("replace", "Also those that there are already.", {"type": "boolean", "default": False}),),
-                body=Body(
-                    '{"name": NAME, SETTING: VALUE, ...}, or {"models": {NAME: {SETTING: VALUE, ...}}} for several; '
-                    "the settings are those of mmd.yaml(5).",
-                    dict[str, Any],
-                ),
+                body=Body("One model, or several.", NewModel | NewModels, required=True, example=_EXAMPLE),
                 errors=(409, 413, 503, 504),
             ),
             Route(

@@ -28,11 +28,13 @@ class Parameter:
 
 @dataclass(frozen=True, slots=True)
 class Body:
-    """What a request may bring; it need not."""
+    """What a request may bring, or must."""
 
     description: str
     type: Any
     media: tuple[str, ...] = ("application/json",)
+    required: bool = False
+    example: Any = None
 
 
 @dataclass(frozen=True, slots=True)
