@@ -5,6 +5,7 @@ import json
 import socket
 import threading
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import pytest
@@ -26,6 +27,8 @@ _TCP = "http://127.0.0.1:8001"
 
 @pytest.fixture(scope="module", params=[1, 2], ids=["alone", "workers"])
 def machine(installed: Installation, request: pytest.FixtureRequest) -> Iterator[Installation]:
+    installed.systemctl("stop", "mmd-gateway.service")
+    installed.run("sh", "-c", "rm -f /var/lib/mmd/lessons.sqlite*")  # nothing is verified yet
     installed.configure(_MAIN.replace("WORKERS", str(request.param)))
     installed.run("useradd", "--groups", "mmd-admin,systemd-journal", f"operator{request.param}")
     installed.systemctl("start", "mmd-reload.path")
@@ -234,7 +237,8 @@ def test_twenty_at_once_are_all_taken(machine: Installation) -> None:
     command = "; ".join(f"mmdctl add {name} --engine sim --gpus 0 --no-wait" for name in names)
     machine.run("sh", "-c", command, timeout_s=60)
     machine.wait_until(lambda: present(machine) >= set(names), 30, "the gateway has them")
-    assert machine.show("mmd-model-m19@cpu.service", "LoadState") == "loaded"
+    loaded = partial(machine.show, "mmd-model-m19@cpu.service", "LoadState")
+    machine.wait_until(lambda: loaded() == "loaded", 30, "and so has systemd, by the last reload")
     machine.run("sh", "-c", "rm /etc/mmd/models.d/m*.yaml")
     machine.wait_until(lambda: not present(machine) & set(names), 30, "and has them no more")
     assert machine.show("mmd-reload.path", "ActiveState") == "active"
