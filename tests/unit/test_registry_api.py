@@ -155,6 +155,11 @@ def test_what_cannot_be_removed_says_why(tmp_path: Path) -> None:
             assert (status, answer["error"]["code"]) == (409, "model_shared")
             assert "mmd.yaml:1" in answer["error"]["message"]
             assert (await found.ask("DELETE", "/api/v1/models/nobody"))[0] == 404
+            await found.ask("POST", "/api/v1/models", {"name": "new", **_SETTINGS, "lora": {"sql": "/srv/sql"}})
+            status, answer = await found.ask("DELETE", "/api/v1/models/sql")
+            assert (status, answer["error"]["code"]) == (409, "model_shared")
+            assert "sql is an adapter of new" in answer["error"]["message"]
+            assert "new" in found.running.dispatcher.config.models
             status, answer = await found.ask("DELETE", "/api/v1/models/m?force=perhaps")
             assert (status, answer["error"]["param"]) == (400, "force")
 

@@ -110,6 +110,9 @@ class RegistryRoutes:
         name, force = request.match_info["name"], flag(request, "force")
         model = self._model(name)
         files: tuple[str, ...] = ()
+        if model is not None and name in model.lora:
+            message = f"{name} is an adapter of {model.name}: remove that, or take it out of its lora"
+            raise ApiError(409, message, code=f"model_{Fault.SHARED}")
         if model is not None:
             done = await asyncio.shield(asyncio.ensure_future(self._register({"remove": model.name})))
             files = tuple(map(str, done.files))
