@@ -116,8 +116,8 @@ def _reload_gateway(context: Context) -> list[str]:
 
 
 def bring_into_use(context: Context, config: Config) -> tuple[list[str], list[str], list[str]]:
-    """Has systemd and the gateway read the files, which say `config`, and the models' ports follow: what that changed, in words,
-    and which other sockets have moved or are gone."""
+    """Has systemd and the gateway read the files, which say `config`, and the models' ports follow: what that changed, in
+    words, and which other sockets have moved or are gone."""
     # By name, as systemctl leaves inactive units out of what a pattern finds: new ones would be missed.
     ports = [port_socket_name(model) for model in config.models.values() if model.port is not None]
     before = _sockets(context, ports)

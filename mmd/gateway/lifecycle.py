@@ -224,12 +224,14 @@ class Lifecycle:
         return "" if result == "done" else f"its start job ended as {result}"
 
     async def _loaded(self, unit: UnitName) -> UnitState:
-        """A unit's state. One that systemd does not know may come: a model that was added while the configuration was read again
-        is known here by the files, and to systemd by the reload that follows."""
+        """A unit's state. One that systemd does not know may come: a model that was added while the configuration was read
+        again is known here by the files, and to systemd by the reload that follows."""
         deadline_s = time.monotonic() + _LOADED_WITHIN_S
-        while (state := await self._systemd.read(str(unit))).load_state == "not-found" and time.monotonic() < deadline_s:
+        while True:
+            state = await self._systemd.read(str(unit))
+            if state.load_state != "not-found" or time.monotonic() > deadline_s:
+                return state
             await asyncio.sleep(_LOADED_GLANCE_S)
-        return state
 
     async def _stop(self, unit: UnitName) -> tuple[str, _Account]:
         """Stop a unit and wait for its memory to come back. One that had to be killed ends as failed: that is cleared."""

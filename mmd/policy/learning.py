@@ -42,7 +42,7 @@ def learn_outcome(state: State, instance: Instance, event: Done) -> None:
 
 
 def _learn(state: State, instance: Instance, lesson: Lesson) -> None:
-    """What an instance teaches of its model's definition: nothing, if it was started by an earlier one, or the model has gone."""
+    """What an instance teaches of its model's definition: nothing, if an earlier one started it or the model has gone."""
     if instance.model is not None and instance.stale_since is None:
         state.lessons[instance.model.name] = lesson
 

@@ -31,10 +31,7 @@ class ConfigWatch:
             self._staff.configure(config)
 
     def _files(self) -> list[tuple[str, int]]:
-        found = []
-        for path in (self._scope.config_dir / "models.d").glob("*.yaml"):
-            found.append((str(path), path.stat().st_mtime_ns))
-        return sorted(found)
+        return sorted((str(path), path.stat().st_mtime_ns) for path in (self._scope.config_dir / "models.d").glob("*.yaml"))
 
     async def watch(self) -> None:
         seen = self._files()
