@@ -11,6 +11,8 @@ import socket
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from threading import Event
+from typing import Any
 
 import pytest
 from client import chat, get, post, stream
@@ -183,7 +185,8 @@ def test_ports_come_move_and_go_while_others_go_on(machine: Installation) -> Non
     pid = machine.show(_GATEWAY, "MainPID")
     text = machine.read(_FILE)
     with ThreadPoolExecutor(1) as pool, connect(8082) as kept:
-        answer = pool.submit(lambda: list(stream("a", max_tokens=900, ignore_eos=True)))
+        enough = Event()
+        answer = pool.submit(lambda: _read_until("a", enough))
         machine.wait_until(lambda: machine.status()["gateway"]["in_flight"] == 1)
         # One that is new.
         machine.write(_FILE, text + '  tiny: {engine: sim, gpus: 0, port: "127.0.0.1:8084", sim: {load_time: 100ms}}\n')
@@ -202,11 +205,46 @@ def test_ports_come_move_and_go_while_others_go_on(machine: Installation) -> Non
         # Another protocol on the same address.
         machine.write(_FILE, swapped.replace("port_protocol: tcp", "port_protocol: http"))
         machine.wait_until(lambda: json.loads(machine.ctl("show", "echo", "--json").stdout)["port_protocol"] != "tcp", 20)
-        assert not answer.done()
-        events = [line.removeprefix("data: ") for line in answer.result(60) if line.startswith("data: ")]
-        assert events[-1] == "[DONE]"
-        assert json.loads(events[-2])["choices"][0]["finish_reason"] == "length"
+        enough.set()
+        events = answer.result(60)
+        assert len(events) > 20
+        assert all(event["choices"][0]["finish_reason"] is None for event in events), "it goes on"
     assert machine.show(_GATEWAY, "MainPID") == pid, "all in one process"
+
+
+def _read_until(model: str, enough: Event) -> list[Any]:
+    """The events of a stream, to the first one after `enough`."""
+    events = []
+    lines = stream(model, max_tokens=100_000, timeout_s=5, ignore_eos=True)
+    for line in lines:
+        if line.startswith("data: "):
+            events.append(json.loads(line.removeprefix("data: ")))
+            if enough.is_set():
+                break
+    lines.close()  # type: ignore[attr-defined]
+    return events
+
+
+def test_a_model_is_added_with_a_port_and_requests_at_it_are_cancelled(machine: Installation) -> None:
+    sim = ("--engine", "sim", "--gpus", "0", "--set", "sim={load_time: 100ms, tokens_per_second: 20}")
+    taken = machine.run("mmdctl", "add", "none", *sim, "--port", "127.0.0.1:8082", check=False)
+    assert taken.returncode == 1
+    assert "127.0.0.1:8082" in taken.stderr
+    machine.ctl("add", "more", *sim, "--port", "127.0.0.1:8085")
+    connection = http.client.HTTPConnection("127.0.0.1", 8085, timeout=20)
+    body = {"messages": [{"role": "user", "content": "hi"}], "max_tokens": 1000, "stream": True, "ignore_eos": True}
+    connection.request("POST", "/v1/chat/completions", json.dumps(body), {"X-Request-Id": "my-own"})
+    answer = connection.getresponse()
+    assert (answer.status, answer.getheader("X-Request-Id")) == (200, "my-own")
+    while not answer.readline().startswith(b"data: "):  # comments, while the model loads
+        pass
+    (listed,) = json.loads(machine.ctl("requests", "--json").stdout)
+    assert (listed["model"], listed["client_id"], listed["state"]) == ("more", "my-own", "answering")
+    machine.ctl("cancel", listed["id"])
+    assert b"cancelled_by_operator" in answer.read()
+    connection.close()
+    machine.ctl("remove", "more")
+    machine.wait_until(lambda: refused(8085), 20)
 
 
 def test_units_can_be_driven_by_hand_and_a_killed_gateway_comes_back(machine: Installation) -> None:
