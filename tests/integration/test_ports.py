@@ -236,7 +236,8 @@ def test_a_model_is_added_with_a_port_and_requests_at_it_are_cancelled(machine: 
     connection.request("POST", "/v1/chat/completions", json.dumps(body), {"X-Request-Id": "my-own"})
     answer = connection.getresponse()
     assert (answer.status, answer.getheader("X-Request-Id")) == (200, "my-own")
-    assert answer.readline().startswith(b"data: ")
+    while not answer.readline().startswith(b"data: "):  # comments, while the model loads
+        pass
     (listed,) = json.loads(machine.ctl("requests", "--json").stdout)
     assert (listed["model"], listed["client_id"], listed["state"]) == ("more", "my-own", "answering")
     machine.ctl("cancel", listed["id"])

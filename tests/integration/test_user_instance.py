@@ -85,7 +85,7 @@ def test_mmdctl_adds_and_removes_models_without_root(alice: _User) -> None:
     alice.run("systemctl", "--user", "start", "mmd-reload.path")
     body = json.dumps({"name": "more", "engine": "sim", "gpus": 0})
     admin = f"/run/user/{alice.uid}/mmd/admin.sock"
-    posted = alice.run("curl", "-sS", "--unix-socket", admin, "-d", body, "http://localhost/api/v1/models").stdout
-    assert json.loads(posted)["models"][0]["state"] == "pending", "the gateway writes its own user's files by itself"
+    posted = alice.run("curl", "-sS", "--unix-socket", admin, "--json", body, "http://localhost/api/v1/models").stdout
+    assert '"state":"pending"' in posted, "the gateway writes its own user's files by itself"
     for name in ("new", "more"):
         assert "nothing of it runs" in alice.run("mmdctl", "--user", "remove", name).stdout
