@@ -39,7 +39,7 @@ models:
   slow:
     engine: sim
     vram: 4GiB
-    sim: {load_time: 200ms, tokens_per_second: 5}
+    sim: {load_time: 200ms, tokens_per_second: 1.5}
   program:
     engine: command
     gpus: 0
@@ -132,7 +132,7 @@ def test_answers_are_found_after_an_upgrade_and_those_that_were_under_way_as_wel
         machine.wait_until(lambda: machine.status()["gateway"]["in_flight"] == 1)
         _upgrade(machine)
         assert not asking.done(), "the gateway before this one answers it"
-        under_way = asking.result(20)
+        under_way = asking.result(40)
     for each in (under_way, before):
         assert client.responses.retrieve(each.id).output_text == each.output_text
     _upgrade(machine)
