@@ -9,6 +9,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 from relay_gateway import OK, Connection, Running, Script, chat_bytes, engine, gateway, ok_answer, run, until
@@ -406,7 +407,7 @@ def test_a_request_that_waits_moves_with_its_id_and_its_origin(tmp_path: Path) -
     async def work() -> None:
         listening = socket.create_server(("127.0.0.1", 0))
         settings = Gateway(cors_origins=(_PAGE,))
-        moved: list[tuple[int, bytes, bool | None]] = []
+        moved: list[Any] = []
         script = Script()
         (tmp_path / "next").mkdir()
         async with site(tmp_path, hang, ready=False) as old, site(tmp_path / "next", script) as new:
@@ -419,7 +420,7 @@ def test_a_request_that_waits_moves_with_its_id_and_its_origin(tmp_path: Path) -
             await until(lambda: old.running.in_flight == 1)
             (listed,) = requests_on([each for each in old.servers[0].connections if isinstance(each, ClientConnection)], 0)
             old.servers[0].hand_over(lambda *client: moved.append(client))
-            ((descriptor, read, chunked),) = moved
+            ((descriptor, read, chunked, *_),) = moved
             assert await new.unit("open", "m", listening) == 0
             await new.servers[0].adopt(socket.socket(fileno=descriptor), read, chunked)
             status, fields, content = await connection.answer()
