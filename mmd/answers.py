@@ -2,12 +2,17 @@
 
 from dataclasses import dataclass
 
+import msgspec
+
 from mmd.status import GpuStatus, ModelStatus, QueuedStatus, RequestStatus
 
 __all__ = [
+    "ApiKey",
     "Changes",
     "Checked",
     "Gpus",
+    "Keys",
+    "KeysTold",
     "Leaving",
     "LogLine",
     "Models",
@@ -103,6 +108,34 @@ class Removed:
     files: tuple[str, ...]
     """Those that are gone."""
     leaving: tuple[Leaving, ...] = ()
+
+
+class ApiKey(msgspec.Struct, frozen=True, omit_defaults=True):
+    """What is known of an API key, see mmd-api-keys(5); what does not limit it is left out."""
+
+    name: str
+    scope: str
+    models: tuple[str, ...] = ()
+    rate: str = ""
+    concurrency: int = 0
+    created: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Keys:
+    """The API keys in force."""
+
+    serial: int
+    required: bool
+    """Whether clients need one."""
+    keys: tuple[ApiKey, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class KeysTold:
+    serial: int
+    keys: int
+    """How many there are."""
 
 
 @dataclass(frozen=True, slots=True)

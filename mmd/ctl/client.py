@@ -14,7 +14,7 @@ from mmd.ctl.http import ProtocolError, Response, request
 from mmd.scope import ScopeKind
 from mmd.status import ModelStatus, Progress, RequestStatus, Status, model_from_json
 
-__all__ = ["Client", "Happening", "Operation", "Reloaded", "Verb"]
+__all__ = ["Client", "DownError", "Happening", "Operation", "RefusedError", "Reloaded", "Verb"]
 
 _MODELS = "/api/v1/models/"
 _REQUESTS = "/api/v1/requests"
@@ -61,6 +61,18 @@ class Reloaded:
     @classmethod
     def from_json(cls, raw: Mapping[str, Any]) -> "Reloaded":
         return cls(*(tuple(map(str, raw.get(key, ()))) for key in ("changed", "added", "removed", "problems")))
+
+
+class DownError(CtlError):
+    """Nothing listens on the admin socket."""
+
+
+class RefusedError(CtlError):
+    """The gateway answered with an error; `status` is that of HTTP."""
+
+    def __init__(self, message: str, *, status: int, exit_code: Exit) -> None:
+        super().__init__(message, exit_code=exit_code)
+        self.status = status
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,18 +155,25 @@ class Client:
                     return
         raise self._lost(f"mmd-gateway went away; {model} goes on without it")
 
+    def put_keys(self, text: str) -> None:
+        """Gives the gateway the text of the API keys' file, in place of the one that it has."""
+        with self._call("PUT", "/api/v1/keys", body=text, timeout_s=self.answer_timeout_s) as response:
+            response.read()
+
     @contextmanager
     def _call(
         self,
         method: str,
         path: str,
         *,
-        body: Mapping[str, object] | None = None,
+        body: Mapping[str, object] | str | None = None,
         headers: Mapping[str, str] | None = None,
         timeout_s: float | None,
     ) -> Iterator[Response]:
-        content = b"" if body is None else json.dumps(body).encode()
-        headers = {**(headers or {}), **({"Content-Type": "application/json"} if content else {})}
+        """`body`: text is YAML (RFC 9512), a mapping goes as JSON."""
+        content = b"" if body is None else (body if isinstance(body, str) else json.dumps(body)).encode()
+        kind = {"Content-Type": f"application/{'yaml' if isinstance(body, str) else 'json'}"} if content else {}
+        headers = {**(headers or {}), **kind}
         try:
             with request(self.path, method, path, headers=headers, body=content, timeout_s=timeout_s) as response:
                 if response.status >= 400:
@@ -171,10 +190,10 @@ class Client:
         except (ValueError, KeyError, TypeError) as error:
             raise self._lost(f"mmd-gateway's answer to {method} {path} is not understood: {error!r}") from error
 
-    def _down(self) -> CtlError:
+    def _down(self) -> DownError:
         units = "mmd-gateway.socket mmd-admin.socket"
         hint = f"{self._tool('systemctl')} start {units}"
-        return CtlError(f"mmd-gateway is not running: nothing listens on {self.path}", hint=hint, exit_code=Exit.UNREACHABLE)
+        return DownError(f"mmd-gateway is not running: nothing listens on {self.path}", hint=hint, exit_code=Exit.UNREACHABLE)
 
     def _denied(self) -> CtlError:
         hint = "join group mmd-admin (usermod -aG mmd-admin $USER) or use sudo"
@@ -187,11 +206,12 @@ class Client:
         return f"{name} --user" if self.scope is ScopeKind.USER else name
 
 
-def _refusal(response: Response, *, about_model: bool) -> CtlError:
+def _refusal(response: Response, *, about_model: bool) -> RefusedError:
     """The error that an answer in the OpenAI error shape says, or as much as another answer tells."""
     text = response.read().decode(errors="replace")
     try:
         message = str(json.loads(text)["error"]["message"])
     except (ValueError, KeyError, TypeError):
         message = f"mmd-gateway answered {response.status} {response.reason}"
-    return CtlError(message, exit_code=Exit.NO_SUCH_MODEL if about_model and response.status == 404 else Exit.FAILED)
+    exit_code = Exit.NO_SUCH_MODEL if about_model and response.status == 404 else Exit.FAILED
+    return RefusedError(message, status=response.status, exit_code=exit_code)

@@ -65,6 +65,7 @@ def parser(*, definition: bool = True) -> argparse.ArgumentParser:
     _add_registry(commands, definition=definition)
     _add_configuration(commands)
     _add_units(commands)
+    _add_keys(commands)
     return root
 
 
@@ -198,6 +199,32 @@ def _add_units(commands: _Commands) -> None:
     command.add_argument("model", metavar="MODEL", help=_MODEL)
 
 
+def _add_keys(commands: _Commands) -> None:
+    group = commands.add_parser("keys", help="add, list and revoke API keys", allow_abbrev=False)
+    group.description = "Adds, lists and revokes API keys. As soon as there is one, clients need one."
+    _add_scope(group, user=argparse.SUPPRESS, socket=argparse.SUPPRESS)
+    keys = group.add_subparsers(title="commands", metavar="COMMAND", required=True)
+
+    command = _add(keys, "add", "add a key and print it, this once", _keys_add)
+    command.add_argument("name", metavar="NAME", help="what it is called in lists and logs")
+    command.add_argument(
+        "--scope", default="use", metavar="use|admin", help="inference, or the admin API as well; default: use"
+    )
+    command.add_argument(
+        "--models", nargs="+", action="extend", default=[], metavar="GLOB", help="only models with such a name or alias"
+    )
+    command.add_argument("--rate", metavar="N/min", help="requests that it may begin per s, min or h")
+    command.add_argument("--concurrency", type=int, metavar="N", help="requests that it may have at the same time")
+    _add_json(command)
+
+    command = _add(keys, "list", "list the keys and what they may do; not the keys themselves", _keys_list)
+    _add_json(command)
+
+    command = _add(keys, "revoke", "revoke a key: whoever has it is refused", _keys_revoke)
+    command.add_argument("name", metavar="NAME", help="its name")
+    _add_json(command)
+
+
 def _count(text: str) -> int:
     if not text.isdecimal():
         raise argparse.ArgumentTypeError(f"{text!r} is not a number of lines")
@@ -307,6 +334,25 @@ def _cat(context: Context, arguments: argparse.Namespace) -> Exit:
     from mmd.ctl.units import cat
 
     cat(context, arguments.model)
+
+
+def _keys_add(context: Context, arguments: argparse.Namespace) -> Exit:
+    from mmd.ctl.keys import Request, add
+
+    request = Request(arguments.name, arguments.scope, arguments.models, arguments.rate, arguments.concurrency)
+    return add(context, request, as_json=arguments.json)
+
+
+def _keys_list(context: Context, arguments: argparse.Namespace) -> Exit:
+    from mmd.ctl.keys import list_keys
+
+    return list_keys(context, as_json=arguments.json)
+
+
+def _keys_revoke(context: Context, arguments: argparse.Namespace) -> Exit:
+    from mmd.ctl.keys import revoke
+
+    return revoke(context, arguments.name, as_json=arguments.json)
 
 
 if __name__ == "__main__":

@@ -79,6 +79,8 @@ class ApiError(MmdError):
         return {"error": {"message": message, "type": kind, "param": self.param, "code": self.code}}
 
     def headers(self) -> dict[str, str]:
+        if self.status == 401:
+            return {"WWW-Authenticate": "Bearer"}  # RFC 9110, 11.6.1
         if self.retry_after_s is not None:
             return {**self.fields, "Retry-After": str(max(1, math.ceil(self.retry_after_s)))}
         return {**self.fields, "x-should-retry": "false"} if self.status >= 500 or self.status == 409 else {**self.fields}

@@ -8,15 +8,16 @@ from aiohttp import web
 
 from mmd.errors import MmdError
 from mmd.gateway.api_error import ApiError
-from mmd.gateway.relay.application import ApplicationExchange
+from mmd.gateway.relay.application import VISITOR, ApplicationExchange
 from mmd.gateway.relay.client import ClientConnection
 from mmd.gateway.relay.exchange import Exchange
 from mmd.gateway.relay.head import RequestHead
 from mmd.gateway.relay.inference import Inference
-from mmd.gateway.server import GRACE_S, Server
-from mmd.gateway.serving import Heir
+from mmd.gateway.relay.visitor import Visitor
+from mmd.gateway.server import GRACE_S, Door, Server
+from mmd.gateway.serving import Giver
 
-__all__ = ["ApplicationServer"]
+__all__ = ["ApplicationServer", "visitor_of"]
 
 _Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
@@ -33,9 +34,10 @@ class ApplicationServer(Server):
         routes: Iterable[web.AbstractRouteDef],
         sockets: Iterable[socket.socket],
         *,
-        elsewhere: Heir | None = None,
+        elsewhere: Giver | None = None,
+        door: Door = Door.API,
     ) -> None:
-        super().__init__(name, inference, sockets, elsewhere=elsewhere)
+        super().__init__(name, inference, sockets, elsewhere=elsewhere, door=door)
         app = web.Application(middlewares=[_answer_errors])
         app.add_routes(routes)
         # handler_cancellation: a client that goes away cancels its handler. shutdown_timeout: `drain` has waited already.
@@ -49,13 +51,21 @@ class ApplicationServer(Server):
         self.application = self._runner.server
         await super().start()
 
-    def other(self, client: ClientConnection, request: RequestHead, length: int | None) -> Exchange:
+    def other(self, client: ClientConnection, request: RequestHead, length: int | None, visitor: Visitor | None) -> Exchange:
         assert self.application is not None
-        return ApplicationExchange(client, request, length, self.application)
+        return ApplicationExchange(client, request, length, self.application, visitor)
 
     async def drain(self, timeout_s: float) -> None:
         await super().drain(timeout_s)
         await self._runner.cleanup()
+
+
+def visitor_of(request: web.Request) -> Visitor | None:
+    """Whose key came with a request; None where none is asked for. ConnectionResetError: whoever asked has gone."""
+    if request.transport is None:
+        raise ConnectionResetError("the client has gone")
+    visitor: Visitor | None = request.transport.get_extra_info(VISITOR)
+    return visitor
 
 
 @web.middleware

@@ -10,20 +10,19 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from aiohttp import web
-
 from mmd import __version__
-from mmd.config import AdminAuth, Config, EngineKind
+from mmd.config import Config, EngineKind
 from mmd.errors import MmdError
 from mmd.events import GatewayReplaced, GatewayStarted, Reloaded
 from mmd.gateway.admin import AdminApi
 from mmd.gateway.admin.registry import RegistryRoutes
+from mmd.gateway.admin_access import AdminAccess
 from mmd.gateway.answer_book import AnswerBook
-from mmd.gateway.api_error import ApiError
 from mmd.gateway.application import ApplicationServer
 from mmd.gateway.dispatcher import Dispatcher
 from mmd.gateway.gauges import Gauges, host_ram_bytes
 from mmd.gateway.handover import Predecessor
+from mmd.gateway.keeper import Keeper
 from mmd.gateway.lesson_book import LessonBook
 from mmd.gateway.lifecycle import Lifecycle
 from mmd.gateway.memory import Memory
@@ -33,6 +32,7 @@ from mmd.gateway.ports import Ports, is_port
 from mmd.gateway.relay.client import ClientConnection
 from mmd.gateway.relay.inference import Inference
 from mmd.gateway.relief import Guests, relieve
+from mmd.gateway.server import Door
 from mmd.gateway.serving import Serving
 from mmd.gateway.snapshot import Snapshot
 from mmd.gateway.workers import worker_count
@@ -87,8 +87,9 @@ class Daemon:
         self._gauges = Gauges(lambda name: self.dispatcher.scheduler.state.stand(name), self.dispatcher.post)
         self.inference = Inference(self.dispatcher)
         self._ports = Ports(self.dispatcher, self.inference, self._servers, runtime_dir / "ports.sock", sockets)
-        self._guests = Guests(self.dispatcher, self._servers)
+        self._guests = Guests(self.dispatcher, self._servers, self.inference.access)
         self.snapshot = Snapshot(self.dispatcher, self._memory, self._gauges, scope=scope.kind)
+        self._keeper = Keeper(self.inference.access, self.snapshot)
         self._admin = AdminApi(
             self.dispatcher,
             self.snapshot,
@@ -97,7 +98,7 @@ class Daemon:
             self.reload,
             connections=self._connections,
             census=lambda: None if self._staff is None else self._staff.census,
-            more=RegistryRoutes(self.dispatcher, self.snapshot, scope).routes(),
+            more=(*RegistryRoutes(self.dispatcher, self.snapshot, scope).routes(), *self._keeper.routes()),
         )
 
     async def start(self, predecessor: Predecessor | None = None) -> None:
@@ -106,6 +107,7 @@ class Daemon:
         MmdError when it is to take over with a configuration that has problems.
         """
         loaded = load(self._scope)
+        self._keeper.load(os.environ)
         if predecessor is not None:
             if loaded.problems:
                 raise MmdError(f"the configuration has problems: {loaded.problems[0]}", hint="mmdctl check")
@@ -124,6 +126,7 @@ class Daemon:
             predecessor.prepared()
             taken = await predecessor.taken
             self._use_pins()  # it may have been told of some since we began
+            self._keeper.inherit(predecessor.keys)
             await self._guests.take_over(predecessor, taken)
         for server in self._servers:
             await server.start()
@@ -137,25 +140,26 @@ class Daemon:
 
     def _make_servers(self) -> None:
         api = OpenAiApi(self.dispatcher)
-        admin = [self._admin.definition(route) for route in self._admin.routes]
-        readable = (route.method == "GET" and not route.private for route in self._admin.routes)
-        over_tcp = [each if ok else _guarded(each, self.dispatcher) for each, ok in zip(admin, readable, strict=True)]
+        access = AdminAccess(lambda: self.dispatcher.config.gateway)
+        admin = [(self._admin.definition(route), route.private) for route in self._admin.routes]
+        on_socket = [access.on_socket(route) for route, _ in admin]
+        over_tcp = [access.over_tcp(route, private=private) for route, private in admin]
         routes = {
-            "mmd-api": api.routes(),
-            "mmd-admin": [*api.routes(), *admin],
-            "mmd-admin-tcp": [*api.routes(), *over_tcp],
+            "mmd-api": (Door.API, api.routes()),
+            "mmd-admin": (Door.ADMIN_SOCKET, [*api.routes(), *on_socket]),
+            "mmd-admin-tcp": (Door.ADMIN_TCP, [*api.routes(), *over_tcp]),
         }
         self.snapshot.workers = worker_count(self.dispatcher.config.gateway.workers)
-        for name, found in routes.items():
+        for name, (door, found) in routes.items():
             sockets = [listening.socket for listening in self._sockets if listening.name == name]
             if not sockets:
                 continue
             if self.snapshot.workers == 1 or name != "mmd-api":
-                self._servers.append(ApplicationServer(name, self.inference, found, sockets))
+                self._servers.append(ApplicationServer(name, self.inference, found, sockets, door=door))
                 continue
             from mmd.gateway.workers.staff import Staff  # not imported for nothing: clients wait while a gateway starts
 
-            staff = self._staff = Staff(self.dispatcher, self.inference, name, sockets)
+            staff = self._staff = self._keeper.staff = Staff(self.dispatcher, self.inference, name, sockets)
             server = ApplicationServer(name, self.inference, found, (), elsewhere=staff.give)
             staff.adopt = server.adopt
             self._servers.append(server)
@@ -251,8 +255,8 @@ class Daemon:
             self._admin.end_streams()
 
         await self._ports.hold()
-        sockets = (*self._sockets, *self._ports.sockets)
-        if await relieve(command, sockets, self.dispatcher, self._servers, self._guests, self._staff, announced):
+        sockets, keeper = (*self._sockets, *self._ports.sockets), self._keeper
+        if await relieve(command, sockets, self.dispatcher, self._servers, self._guests, self._staff, keeper, announced):
             return True
         await self._ports.listen()
         return False
@@ -296,15 +300,3 @@ def _definitions(config: Config) -> dict[str, str]:
     """The fingerprint that every model would be started with now, as the generator computes it."""
     units = (model for model in config.models.values() if model.engine is not EngineKind.EXTERNAL)
     return {model.name: definition(model, gpus=config.gpus) for model in units}
-
-
-def _guarded(route: web.RouteDef, dispatcher: Dispatcher) -> web.RouteDef:
-    """Over TCP nobody is known yet: what changes anything, or is private, is refused unless gateway.admin_auth is open."""
-
-    async def guarded(request: web.Request) -> web.StreamResponse:
-        if dispatcher.config.gateway.admin_auth is not AdminAuth.OPEN:
-            raise ApiError(403, "over TCP the administration is read-only; use mmdctl on this machine", code="read_only")
-        response: web.StreamResponse = await route.handler(request)
-        return response
-
-    return web.RouteDef(route.method, route.path, guarded, route.kwargs)

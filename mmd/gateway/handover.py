@@ -23,7 +23,7 @@ from mmd.errors import MmdError
 from mmd.gateway.channel import Channel, connection_of, from_memory, in_memory
 from mmd.systemd.activation import ListenSocket
 
-__all__ = ["Client", "Predecessor", "Successor", "Taken", "UnitTaken"]
+__all__ = ["Client", "KeysTaken", "Predecessor", "Successor", "Taken", "UnitTaken"]
 
 _log = logging.getLogger(__name__)
 
@@ -55,9 +55,19 @@ class UnitTaken(msgspec.Struct, frozen=True):
 
 
 class Taken(msgspec.Struct, frozen=True, tag=True):
-    """From now on the successor decides."""
+    """From now on the successor decides. Descriptor: a memory file with `KeysTaken`."""
 
     units: dict[str, UnitTaken]
+
+
+class KeysTaken(msgspec.Struct, frozen=True):
+    """The API keys that are in force."""
+
+    text: str
+    """As mmd.keys renders it."""
+    problems: tuple[str, ...]
+    full_at_s: dict[str, float]
+    """What has been counted against their rates, by their names; of the monotonic clock."""
 
 
 class InFlight(msgspec.Struct, frozen=True, tag=True):
@@ -78,21 +88,32 @@ class KeptLate(msgspec.Struct, frozen=True, tag=True):
     model: str
 
 
+class KeyInUse(msgspec.Struct, frozen=True, tag=True):
+    """How many requests of an API key, by its name, the predecessor still has under way."""
+
+    key: str
+    count: int
+
+
 class Client(msgspec.Struct, frozen=True, tag=True):
     """A client's connection, see Channel.send_connection."""
 
     server: str
     chunked: bool | None = None
     """Of an event stream whose head the client has already."""
+    let_in: bool = False
+    """Its request has been counted against the limits of its key."""
 
 
 class Elder(msgspec.Struct, frozen=True, tag=True):
     """A predecessor's own predecessor, which still serves something: the end of its channel, and what it serves."""
 
     in_flight: dict[str, int]
+    keys: dict[str, int] = {}
+    """See KeyInUse."""
 
 
-_ToSuccessor = Sockets | Taken | Kept | KeptLate | InFlight | Client | Elder
+_ToSuccessor = Sockets | Taken | Kept | KeptLate | InFlight | KeyInUse | Client | Elder
 
 _decode_kept = msgspec.json.Decoder(list[tuple[str, str]]).decode
 
@@ -134,10 +155,10 @@ class Successor:
         else:
             self._on_end()
 
-    def take(self, units: Mapping[str, UnitTaken]) -> None:
+    def take(self, units: Mapping[str, UnitTaken], keys: KeysTaken) -> None:
         """Let it decide and accept."""
         assert self._channel is not None
-        self._channel.send(Taken(dict(units)))
+        self._channel.send(Taken(dict(units)), in_memory(msgspec.json.encode(keys)))
 
     def keep(self, answers: list[tuple[str, str]]) -> None:
         """Let it know which engines keep which answers."""
@@ -148,14 +169,18 @@ class Successor:
         assert self._channel is not None
         self._channel.send(KeptLate(answer, model))
 
-    def elder(self, in_flight: Mapping[str, int], end: socket.socket) -> None:
+    def elder(self, in_flight: Mapping[str, int], keys: Mapping[str, int], end: socket.socket) -> None:
         """Let it hear from a predecessor of ours, by the end of its channel."""
         assert self._channel is not None
-        self._channel.send(Elder(dict(in_flight)), end.detach())
+        self._channel.send(Elder(dict(in_flight), dict(keys)), end.detach())
 
     def count(self, unit: str, in_flight: int) -> None:
         assert self._channel is not None
         self._channel.send(InFlight(unit, in_flight))
+
+    def count_key(self, key: str, in_flight: int) -> None:
+        assert self._channel is not None
+        self._channel.send(KeyInUse(key, in_flight))
 
     def give(self, client: Client, connection: int, data: bytes) -> None:
         """Hand a connection over, with what was read of it."""
@@ -188,11 +213,14 @@ class Predecessor:
         self.sockets: asyncio.Future[tuple[ListenSocket, ...]] = asyncio.get_running_loop().create_future()
         self._sockets: list[ListenSocket] = []
         self.taken: asyncio.Future[Taken] = asyncio.get_running_loop().create_future()
+        self.keys: KeysTaken | None = None
+        """With `taken`; None: of a version that knows none."""
         self.on_client: Callable[[Client, socket.socket, bytes], None] | None = None
         self.on_count: Callable[[Predecessor, str, int], None] | None = None
         self.on_kept: Callable[[list[tuple[str, str]]], None] | None = None
         self.on_kept_late: Callable[[str, str], None] | None = None
-        self.on_elder: Callable[[Predecessor, Mapping[str, int]], None] | None = None
+        self.on_key: Callable[[Predecessor, str, int], None] | None = None
+        self.on_elder: Callable[[Predecessor, Mapping[str, int], Mapping[str, int]], None] | None = None
         self.on_end: Callable[[Predecessor], None] | None = None
         self._channel = Channel(end, _ToSuccessor, self._hear, self._ended)
 
@@ -211,6 +239,7 @@ class Predecessor:
                 if not more:
                     self.sockets.set_result(tuple(self._sockets))
             case Taken():
+                self.keys = msgspec.json.decode(from_memory(fds[0]), type=KeysTaken) if fds else None
                 self.taken.set_result(message)
             case Kept():
                 answers = _decode_kept(from_memory(fds[0]))
@@ -220,11 +249,13 @@ class Predecessor:
                 self.on_kept_late(answer, model)
             case InFlight(unit, count) if self.on_count is not None:
                 self.on_count(self, unit, count)
+            case KeyInUse(key, count) if self.on_key is not None:
+                self.on_key(self, key, count)
             case Client():
                 if self.on_client is not None:
                     self.on_client(message, *connection_of(fds))
-            case Elder(in_flight) if self.on_elder is not None:
-                self.on_elder(Predecessor(socket.socket(fileno=fds[0])), in_flight)
+            case Elder(in_flight, keys) if self.on_elder is not None:
+                self.on_elder(Predecessor(socket.socket(fileno=fds[0])), in_flight, keys)
 
     def _ended(self) -> None:
         for future in (self.sockets, self.taken):

@@ -6,6 +6,7 @@ from aiohttp import web
 
 from mmd.config import Model
 from mmd.gateway.api_error import no_such_model
+from mmd.gateway.application import visitor_of
 from mmd.gateway.dispatcher import Dispatcher
 from mmd.gateway.stage import model_state
 
@@ -28,16 +29,21 @@ class OpenAiApi:
         """200 while the gateway accepts requests."""
         return web.json_response({"status": "ok"})
 
-    async def list_models(self, _: web.Request) -> web.Response:
-        models = self._dispatcher.config.models.values()
+    async def list_models(self, request: web.Request) -> web.Response:
+        """Those that the client's key is good for."""
+        visitor, models = visitor_of(request), self._dispatcher.config.models.values()
         names = ((model, name) for model in models for name in (model.name, *model.lora))
-        return web.json_response({"object": "list", "data": [self._model_object(model, name) for model, name in names]})
+        found = [self._model_object(model, name) for model, name in names if visitor is None or visitor.may_use(model, name)]
+        return web.json_response({"object": "list", "data": found})
 
     async def get_model(self, request: web.Request) -> web.Response:
-        name, config = request.match_info["name"], self._dispatcher.config
+        name, config, visitor = request.match_info["name"], self._dispatcher.config, visitor_of(request)
         model = config.resolve(name)
         if model is None:
-            raise no_such_model(name, config)
+            error = no_such_model(name, config)
+            raise error if visitor is None else visitor.veil(error)
+        if visitor is not None and not visitor.may_use(model, name):
+            raise visitor.forbidden(name)
         return web.json_response(self._model_object(model, name if name in model.lora else model.name))
 
     def _model_object(self, model: Model, name: str) -> dict[str, object]:

@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING
 from mmd.errors import MmdError
 from mmd.gateway.dispatcher import Dispatcher
 from mmd.gateway.handover import Client, Predecessor, Successor, Taken, UnitTaken
+from mmd.gateway.keeper import Keeper
+from mmd.gateway.relay.access import Access
 from mmd.gateway.serving import Serving
 from mmd.names import UnitName
 from mmd.policy.events import Phase
@@ -29,12 +31,15 @@ _COUNT_S = 0.05
 class Guests:
     """Requests that earlier gateways still serve at units that we decide about, and the connections that they send us."""
 
-    def __init__(self, dispatcher: Dispatcher, servers: Sequence[Serving]) -> None:
+    def __init__(self, dispatcher: Dispatcher, servers: Sequence[Serving], access: Access) -> None:
         """`servers` may be made later."""
         self._dispatcher = dispatcher
         self._servers = servers
+        self._access = access
         self._loop = asyncio.get_running_loop()
         self._requests: dict[Predecessor, dict[str, list[int]]] = {}
+        self._keys: dict[Predecessor, dict[str, int]] = {}
+        """How many requests of which API key each has under way."""
         self.none = asyncio.Event()
         """There is nobody before us any more."""
         self.none.set()
@@ -42,12 +47,14 @@ class Guests:
     def welcome(self, predecessor: Predecessor) -> None:
         """Listen to a gateway before us."""
         self._requests[predecessor] = {}
+        self._keys[predecessor] = {}
         self.none.clear()
         predecessor.on_client = self._take_client
         predecessor.on_count = self._count
         predecessor.on_kept = self._dispatcher.kept().inherit
         predecessor.on_kept_late = self._dispatcher.kept().add
         self._dispatcher.kept().others += 1
+        predecessor.on_key = self._count_key
         predecessor.on_elder = self._take_elder
         predecessor.on_end = self._leave
 
@@ -63,8 +70,10 @@ class Guests:
                 self._requests[predecessor][str(unit)] = requests
         self._dispatcher.resume()
 
-    def _take_elder(self, elder: Predecessor, in_flight: Mapping[str, int]) -> None:
+    def _take_elder(self, elder: Predecessor, in_flight: Mapping[str, int], keys: Mapping[str, int]) -> None:
         self.welcome(elder)
+        for key, count in keys.items():
+            self._count_key(elder, key, count)
         for name, count in in_flight.items():
             unit = UnitName.parse(name)
             if unit is not None:
@@ -78,9 +87,16 @@ class Guests:
         while len(requests) > count:
             self._dispatcher.forgo(requests.pop())
 
+    def _count_key(self, predecessor: Predecessor, key: str, count: int) -> None:
+        counts = self._keys[predecessor]
+        before, counts[key] = counts.get(key, 0), count
+        self._access.count_elsewhere(key, count - before)
+
     def _leave(self, predecessor: Predecessor) -> None:
         if predecessor in self._requests:
             self._dispatcher.kept().others -= 1
+        for key, count in self._keys.pop(predecessor, {}).items():
+            self._access.count_elsewhere(key, -count)
         for requests in self._requests.pop(predecessor, {}).values():
             for request in requests:
                 self._dispatcher.forgo(request)
@@ -93,7 +109,7 @@ class Guests:
             _log.warning("nobody serves %s any more: a connection is closed", client.server)
             connection.close()
         else:
-            self._dispatcher.spawn(server.adopt(connection, read, client.chunked))
+            self._dispatcher.spawn(server.adopt(connection, read, client.chunked, let_in=client.let_in))
 
     def ids(self) -> set[int]:
         """Their requests, as the scheduler knows them."""
@@ -102,8 +118,10 @@ class Guests:
     def move_to(self, successor: Successor) -> None:
         """Let the next one listen to those before us."""
         for predecessor, requests in self._requests.items():
-            successor.elder({unit: len(each) for unit, each in requests.items()}, predecessor.detach())
+            in_flight = {unit: len(each) for unit, each in requests.items()}
+            successor.elder(in_flight, self._keys[predecessor], predecessor.detach())
         self._requests.clear()
+        self._keys.clear()
         self.none.set()
 
 
@@ -114,6 +132,7 @@ async def relieve(
     servers: Sequence[Serving],
     guests: Guests,
     staff: "Staff | None",
+    keeper: Keeper,
     announce: Callable[[int], None],
 ) -> bool:
     """Start a successor by `command` and hand everything over to it, after `announce` was told its process id.
@@ -136,7 +155,7 @@ async def relieve(
     known = _known(dispatcher, guests.ids())
     successor.keep(dispatcher.kept().all())
     dispatcher.kept().told = successor.keep_late
-    successor.take(known)
+    successor.take(known, keeper.handed())
     theirs = guests.ids()
     guests.move_to(successor)
     for server in servers:
@@ -146,6 +165,8 @@ async def relieve(
     dispatcher.retire()
     _log.info("process %d takes over; %d requests are finished here", process_id, sum(u.in_flight for u in known.values()))
     told = {unit: each.in_flight for unit, each in known.items()}
+    keys_told: dict[str, int] = {}
+    _tell_keys(successor, keeper, keys_told)
     while any(server.connections for server in servers) or not (staff is None or staff.left):
         if gone.is_set():
             for server in servers:
@@ -156,11 +177,19 @@ async def relieve(
             if each.in_flight != told.get(unit):
                 told[unit] = each.in_flight
                 successor.count(unit, each.in_flight)
+        _tell_keys(successor, keeper, keys_told)
     return True
 
 
-def _give(successor: Successor, server: str, connection: int, read: bytes, chunked: bool | None) -> None:
-    successor.give(Client(server, chunked), connection, read)
+def _tell_keys(successor: Successor, keeper: Keeper, told: dict[str, int]) -> None:
+    for key, count in keeper.in_flight().items():
+        if count != told.get(key, 0):
+            told[key] = count
+            successor.count_key(key, count)
+
+
+def _give(successor: Successor, server: str, connection: int, read: bytes, chunked: bool | None, let_in: bool) -> None:
+    successor.give(Client(server, chunked, let_in), connection, read)
 
 
 def _known(dispatcher: Dispatcher, theirs: set[int]) -> dict[str, UnitTaken]:

@@ -54,6 +54,7 @@ def _status(request: RequestHead, account: Account, client: str, age_s: float) -
         client=client,
         sent_bytes=account.sent_bytes,
         tokens=account.tokens,
+        key=account.key,
     )
 
 

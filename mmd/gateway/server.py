@@ -9,6 +9,7 @@ import asyncio
 import logging
 import socket
 from collections.abc import Iterable
+from enum import Enum, auto
 
 from mmd.config import Gateway
 from mmd.gateway.relay.client import ClientConnection
@@ -17,10 +18,24 @@ from mmd.gateway.relay.cors import CorsExchange, cors_lines
 from mmd.gateway.relay.exchange import Exchange
 from mmd.gateway.relay.head import RequestHead
 from mmd.gateway.relay.inference import Inference, InferenceExchange
+from mmd.gateway.relay.refused import RefusedExchange
 from mmd.gateway.relay.routing import ROUTES, Route, find_route
-from mmd.gateway.serving import Heir
+from mmd.gateway.relay.visitor import Visitor
+from mmd.gateway.serving import Giver, Heir
 
-__all__ = ["BACKLOG", "GRACE_S", "Server"]
+__all__ = ["BACKLOG", "GRACE_S", "Door", "Server"]
+
+
+class Door(Enum):
+    """What clients need on a server's sockets."""
+
+    API = auto()
+    """An API key, where there are any."""
+    ADMIN_TCP = auto()
+    """An API key for the OpenAI API; the admin API looks for itself (mmd.gateway.admin_access)."""
+    ADMIN_SOCKET = auto()
+    """Nothing: the socket's mode says who may."""
+
 
 _log = logging.getLogger(__name__)
 
@@ -47,8 +62,9 @@ class Server:
         inference: Inference,
         sockets: Iterable[socket.socket],
         *,
-        elsewhere: Heir | None = None,
+        elsewhere: Giver | None = None,
         worker: bool = False,
+        door: Door = Door.API,
     ) -> None:
         """`elsewhere`: where there are workers, takes the connections with requests for them, or as a `worker` all others."""
         self.name = name
@@ -60,6 +76,9 @@ class Server:
         self._sockets = tuple(sockets)
         self._elsewhere = elsewhere
         self._worker = worker
+        self._door = door
+        self._let_in: set[ClientConnection] = set()
+        """Of those taken over, whose first request was let in by the gateway before this one."""
         self._loop = asyncio.get_running_loop()
         self._listeners: list[asyncio.Server] = []
         self._checker: asyncio.TimerHandle | None = None
@@ -89,11 +108,14 @@ class Server:
     def _connect(self) -> ClientConnection:
         return ClientConnection(self, self._loop)
 
-    async def adopt(self, connection: socket.socket, read: bytes, chunked: bool | None) -> None:
-        """Go on with a connection that another process has accepted, see ClientConnection."""
+    async def adopt(self, connection: socket.socket, read: bytes, chunked: bool | None, *, let_in: bool = False) -> None:
+        """Go on with a connection that another process has accepted, see ClientConnection and Heir."""
 
         def make() -> ClientConnection:
-            return ClientConnection(self, self._loop, read=read, chunked=chunked)
+            client = ClientConnection(self, self._loop, read=read, chunked=chunked)
+            if let_in:
+                self._let_in.add(client)
+            return client
 
         try:
             await self._loop.connect_accepted_socket(make, connection)
@@ -116,17 +138,34 @@ class Server:
             if answer is not None:
                 return answer
         route = self.route(request)
-        if self._elsewhere is not None and self._worker is not (route is not None and route.for_workers):
-            return None
+        access = self._inference.access
+        visitor = access.visitor(request) if access.required and self._door is not Door.ADMIN_SOCKET else None
+        if self._elsewhere is not None:
+            # What is counted against the limits of a key, one process counts.
+            for_workers = route is not None and route.for_workers and (visitor is None or not visitor.limited)
+            if self._worker is not for_workers:
+                self._let_in.discard(client)
+                return None
+        if visitor is not None and visitor.key is None and self._asks_for_key(request.path, route):
+            return RefusedExchange(client, request, length, visitor.stranger())
         if route is None:
-            return self.other(client, request, length)
-        return InferenceExchange(client, request, length, self._inference, route)
+            return self.other(client, request, length, visitor)
+        exchange = InferenceExchange(client, request, length, self._inference, route, visitor)
+        if self._let_in and client in self._let_in:
+            self._let_in.discard(client)
+            exchange.counted = True
+        return exchange
 
     def route(self, request: RequestHead) -> Route | None:
         """How to tell its model; None: it is not for one."""
         return ROUTES.get(request.path) or find_route(request.path)
 
-    def other(self, client: ClientConnection, request: RequestHead, length: int | None) -> Exchange:
+    def _asks_for_key(self, path: bytes, route: Route | None) -> bool:
+        if self._door is Door.ADMIN_TCP:
+            return route is not None or path.startswith(b"/v1/")
+        return path != b"/health"
+
+    def other(self, client: ClientConnection, request: RequestHead, length: int | None, visitor: Visitor | None) -> Exchange:
         """Who answers a request that is not for a model."""
         raise NotImplementedError
 

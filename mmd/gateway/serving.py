@@ -4,10 +4,14 @@ import socket
 from collections.abc import Callable, Collection
 from typing import Protocol
 
-__all__ = ["Heir", "Serving"]
+__all__ = ["Giver", "Heir", "Serving"]
 
-Heir = Callable[[int, bytes, bool | None], None]
-"""Takes a connection: its descriptor, what was read of it, and whether the event stream that has begun on it is chunked."""
+Heir = Callable[[int, bytes, bool | None, bool], None]
+"""Takes a connection: its descriptor, what was read of it, whether the event stream that has begun on it is chunked, and
+whether its request was let in already."""
+
+Giver = Callable[[int, bytes, bool | None], None]
+"""The same between processes of one gateway, where no request was let in yet."""
 
 
 class Serving(Protocol):
@@ -22,8 +26,8 @@ class Serving(Protocol):
     async def start(self) -> None:
         """Accept."""
 
-    async def adopt(self, connection: socket.socket, read: bytes, chunked: bool | None) -> None:
-        """Go on with a connection that another process has accepted."""
+    async def adopt(self, connection: socket.socket, read: bytes, chunked: bool | None, *, let_in: bool = False) -> None:
+        """Go on with a connection that another process has accepted, see Heir."""
 
     def hand_over(self, heir: Heir) -> None:
         """Accept nothing more, and send every connection to `heir` as soon as it waits for nothing here."""

@@ -38,6 +38,7 @@ class Snapshot:
         self.workers = 1
         self.reloaded: float | None = None
         self.problems: tuple[str, ...] = ()
+        self.key_problems: tuple[str, ...] = ()
         self.systemd = "connected"
 
     def status(self) -> Status:
@@ -61,7 +62,7 @@ class Snapshot:
             workers=self.workers,
             systemd=self.systemd,
             reloaded=self.reloaded,
-            problems=self.problems,
+            problems=self.problems + self.key_problems,
             gpu_problem=self._memory.problem,
         )
 

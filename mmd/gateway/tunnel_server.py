@@ -89,7 +89,7 @@ class TunnelServer:
         self.connections.discard(visit)
         self._clients.go(visit)
 
-    async def adopt(self, connection: socket.socket, read: bytes, chunked: bool | None) -> None:
+    async def adopt(self, connection: socket.socket, read: bytes, chunked: bool | None, *, let_in: bool = False) -> None:
         """One that waits for its model: nothing was read of it."""
         try:
             peer = connection.getpeername()
@@ -260,7 +260,7 @@ class _Visit:
         admitted = self._place is not None and not self._place.waiting
         if self._connection is None or self._tunnel.engine.transport is not None or admitted:
             return False
-        heir(os.dup(self._connection.fileno()), b"", None)
+        heir(os.dup(self._connection.fileno()), b"", None, False)
         self._ended()
         return True
 

@@ -30,6 +30,10 @@ _mmdctl() {
         [reload]=""
         [logs]="--gateway -f --follow -n --lines --since"
         [cat]=""
+        [keys]=""
+        ["keys add"]="--scope --models --rate --concurrency --json"
+        ["keys list"]="--json"
+        ["keys revoke"]="--json"
     )
     local current=${COMP_WORDS[COMP_CWORD]} previous=${COMP_WORDS[COMP_CWORD - 1]}
     local command="" choices="-h --help --user --socket" position word
@@ -43,7 +47,11 @@ _mmdctl() {
                 scope+=(--socket "${COMP_WORDS[position]}")
                 ;;
             -*) ;;
-            *) [[ -n $command ]] || command=$word ;;
+            *)
+                if [[ -z $command || $command == keys ]]; then
+                    command+=${command:+ }$word
+                fi
+                ;;
         esac
     done
 
@@ -57,12 +65,20 @@ _mmdctl() {
             mapfile -t COMPREPLY < <(compgen -f -- "$current")
             return
             ;;
-        -n | --lines | --since) return ;;
+        --scope) choices="use admin" ;;
+        -n | --lines | --since | --rate | --concurrency) return ;;
         *)
             if [[ -z $command ]]; then
-                choices+=" --version ${!options[*]}"
+                choices+=" --version"
+                for word in "${!options[@]}"; do
+                    [[ $word == *" "* ]] || choices+=" $word"
+                done
             elif [[ $current == -* ]]; then
                 choices+=" ${options[$command]-}"
+            elif [[ $command == keys ]]; then
+                choices="add list revoke"
+            elif [[ $command == keys\ * && $previous != --models ]]; then
+                return # names of keys are for root alone
             elif [[ $command == check ]]; then
                 compopt -o filenames
                 mapfile -t COMPREPLY < <(compgen -f -- "$current")

@@ -151,7 +151,7 @@ def test_a_page_of_a_named_origin_may_call_and_another_may_not(tmp_path: Path, w
                 assert told["stream"]["text"].endswith("data: [DONE]\n\n")
                 assert told["error"] == {"status": 404, "code": "model_not_found"}
                 assert told["late"] == {"status": 504, "retry": "60"}
-                assert told["list"] == ["m", "sleepy"]
+                assert told["list"] == ["m", "adapter-of-m", "sleepy", "adapter-of-sleepy"]
                 assert told["socket"] == "hello"
                 assert told["origin"] == f"http://127.0.0.1:{port}"
                 told = await visit(pages, profiles[1], f"http://localhost:{port}/")

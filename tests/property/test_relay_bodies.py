@@ -125,7 +125,9 @@ def _theirs(body: bytes) -> list[tuple[str, bytes]]:
             assert isinstance(part, aiohttp.BodyPartReader)
             value = await part.read()
             if part.filename is None:
-                found.append((part.name or "", bytes(value)))
+                # Bytes that are no UTF-8 are surrogates to it.
+                name = (part.name or "").encode("utf-8", "surrogateescape").decode("utf-8", "replace")
+                found.append((name, bytes(value)))
         return found
 
     return asyncio.run(read())

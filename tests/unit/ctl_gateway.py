@@ -57,6 +57,8 @@ class Gateway:
     requests: Sequence[RequestStatus] = ()
     events: list[bytes] = field(default_factory=list)
     """Streams of events, one for each time that somebody asks."""
+    keys_status: int = 200
+    """The answer to new API keys."""
     asked: list[tuple[str, str, object]] = field(default_factory=list)
     """Method, path, body."""
 
@@ -109,6 +111,13 @@ class _Handler(BaseHTTPRequestHandler):
             self._answer(steps.status, {"error": {"message": steps.message, "type": "invalid_request_error", "code": None}})
         else:
             self._stream(steps)
+
+    def do_PUT(self) -> None:
+        assert self.headers["Content-Type"] == "application/yaml"
+        body = self.rfile.read(int(self.headers["Content-Length"])).decode()
+        self._gateway.asked.append(("PUT", self.path, body))
+        status = self._gateway.keys_status
+        self._answer(status, {} if status == 200 else {"error": {"message": f"answered {status}", "code": None}})
 
     def _answer(self, status: int, value: object) -> None:
         self._write(status, "application/json", json.dumps(value).encode())

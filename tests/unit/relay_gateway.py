@@ -23,7 +23,9 @@ from mmd.gateway.lesson_book import LessonBook
 from mmd.gateway.lifecycle import Lifecycle
 from mmd.gateway.openai import OpenAiApi
 from mmd.gateway.relay.inference import Inference
+from mmd.gateway.server import Door
 from mmd.gateway.workers.staff import Staff
+from mmd.keys import KeyRing
 from mmd.names import CPU, UnitName, slug
 from mmd.policy.actions import UnitAction
 from mmd.policy.events import Done, Measured, Observed, Phase
@@ -101,6 +103,13 @@ class Running:
         self.inference = inference
         self.port = port
         self.clients: list[Connection] = []
+
+    async def use_keys(self, ring: KeyRing) -> None:
+        """As the daemon does when mmdctl tells it of other keys."""
+        self.inference.access.use(ring)
+        if self.staff is not None:
+            self.staff.tell_keys()
+            await self.staff.keys_known()
 
     async def connect(self) -> "Connection":
         reader, writer = await asyncio.open_connection("127.0.0.1", self.port, limit=1 << 22)
@@ -233,6 +242,8 @@ async def gateway(
     queue_limit: int | None = None,
     models: tuple[Model, ...] = (),
     more_routes: MoreRoutes | None = None,
+    keys: KeyRing | None = None,
+    door: Door = Door.API,
 ) -> AsyncIterator[Running]:
     """A gateway with one CPU model per endpoint; `ready`: whether they are, or which of them; `workers`: processes that relay
     instead of this one, if any.
@@ -241,9 +252,17 @@ async def gateway(
     """
     workers = default_workers if workers is None else workers
     if not models:
-        limits = {"concurrency": concurrency, "queue_limit": queue_limit}
         models = tuple(
-            Model(name, slug(name), EngineKind.SIM, gpus=0, aliases=(f"alias-of-{name}",), **limits)  # type: ignore[arg-type]
+            Model(
+                name,
+                slug(name),
+                EngineKind.SIM,
+                gpus=0,
+                aliases=(f"alias-of-{name}",),
+                concurrency=concurrency,
+                queue_limit=queue_limit,
+                lora={f"adapter-of-{name}": "/"},
+            )
             for name in endpoints
         )
         endpoints = {slug(name): endpoint for name, endpoint in endpoints.items()}
@@ -256,13 +275,14 @@ async def gateway(
     for unit_id in (endpoints if ready else ()) if isinstance(ready, bool) else ready:
         dispatcher.post(Observed(UnitName(unit_id, CPU), Phase.READY, start_s=0.5))
     inference = Inference(dispatcher)
+    inference.access.use(keys or KeyRing())
     with socket.create_server(("127.0.0.1", 0)) as listening:
         staff = Staff(dispatcher, inference, "mmd-api", [listening]) if workers else None
         servers: list[ApplicationServer] = []
         more = more_routes(dispatcher, servers, staff) if more_routes is not None else ()
         all_routes = [*OpenAiApi(dispatcher).routes(), *routes, *more]
         own, elsewhere = ([], staff.give) if staff is not None else ([listening], None)
-        server = ApplicationServer("mmd-api", inference, all_routes, own, elsewhere=elsewhere)
+        server = ApplicationServer("mmd-api", inference, all_routes, own, elsewhere=elsewhere, door=door)
         servers.append(server)
         if staff is not None:
             staff.adopt = server.adopt

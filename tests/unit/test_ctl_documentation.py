@@ -18,11 +18,17 @@ ZSH = ROOT / "packaging/completions/_mmdctl"
 COMMON = {"-h", "--help", "--user", "--socket"}
 
 
+def below(of: argparse.ArgumentParser) -> dict[str, argparse.ArgumentParser]:
+    """The commands that a parser chooses from."""
+    return next((dict(action.choices) for action in of._actions if isinstance(action, argparse._SubParsersAction)), {})
+
+
 def commands() -> dict[str, argparse.ArgumentParser]:
-    for action in parser()._actions:
-        if isinstance(action, argparse._SubParsersAction):
-            return dict(action.choices)
-    raise AssertionError("the parser has no commands")
+    """By what is typed, such as `keys add`; without what only chooses between others, such as `keys`."""
+    found: dict[str, argparse.ArgumentParser] = {}
+    for name, command in below(parser()).items():
+        found |= {f"{name} {other}": inner for other, inner in below(command).items()} or {name: command}
+    return found
 
 
 def options(of: argparse.ArgumentParser) -> set[str]:
@@ -32,12 +38,12 @@ def options(of: argparse.ArgumentParser) -> set[str]:
 def described() -> Iterator[tuple[str, str]]:
     """The commands in the manual page, each with its synopsis."""
     for line in MAN.read_text().splitlines():
-        match = re.match(r"\*([a-z]+)\*( |$)", line)
-        if match and match[1] != "mmdctl":  # the synopsis of the whole
+        match = re.match(r"\*([a-z]+(?: [a-z]+)?)\*( |$)", line)
+        if match and not match[1].startswith("mmdctl"):  # the synopsis of the whole, or prose
             yield match[1], line
 
 
-@pytest.mark.parametrize("page", ["mmdctl.1", "mmd-gateway.8"])
+@pytest.mark.parametrize("page", ["mmdctl.1", "mmd-gateway.8", "mmd-api-keys.5"])
 def test_manual_pages_build(page: str) -> None:
     result = subprocess.run(["scdoc"], input=(ROOT / f"man/{page}.scd").read_bytes(), capture_output=True, check=False)
     assert result.returncode == 0, result.stderr
@@ -73,11 +79,17 @@ def complete(*words: str) -> set[str]:
 
 
 def test_bash_completes_every_command_and_option() -> None:
-    assert complete("mmdctl", "") == commands().keys() | options(parser())
+    assert complete("mmdctl", "") == below(parser()).keys() | options(parser())
     assert complete("mmdctl", "--user", "sta") == {"status", "start"}
     for name, command in commands().items():
-        assert complete("mmdctl", name, "-") == options(command), name
+        assert complete("mmdctl", *name.split(), "-") == options(command), name
+    for name, group in below(parser()).items():
+        if below(group):
+            assert complete("mmdctl", name, "") == below(group).keys()
+            assert complete("mmdctl", name, "-") == options(group)
     assert complete("mmdctl", "sleep", "--level", "") == {"1", "2"}
+    assert complete("mmdctl", "keys", "add", "ci", "--scope", "") == {"use", "admin"}
+    assert complete("mmdctl", "keys", "revoke", "") == set()
 
 
 def test_bash_completes_names_of_models_untouched(tmp_path: Path) -> None:
@@ -86,11 +98,14 @@ def test_bash_completes_names_of_models_untouched(tmp_path: Path) -> None:
     program.chmod(0o755)
     assert complete(str(program), "--user", "start", "demo/") == {"demo/$(id)", "demo/b"}
     assert (tmp_path / "asked").read_text() == "--user list --quiet\n"
+    assert complete(str(program), "keys", "add", "ci", "--models", "o") == {"other"}
 
 
 def test_zsh_completes_every_command_and_option() -> None:
     text = ZSH.read_text()
-    assert set(re.findall(r"^        ['\"]([a-z]+):", text, re.MULTILINE)) == commands().keys()
+    assert set(re.findall(r"^        ['\"]([a-z]+):", text, re.MULTILINE)) == {
+        word for name, group in below(parser()).items() for word in (name, *below(group))
+    }
     everything = options(parser()).union(*map(options, commands().values()))
     assert set(re.findall(r"(?<![\w-])(--?[a-z][a-z-]*)(?=[\[},])", text)) == everything
     zsh = shutil.which("zsh")

@@ -11,7 +11,7 @@ import pytest
 import uvloop
 
 from mmd.gateway.channel import Channel
-from mmd.gateway.handover import Client, Predecessor, Successor, Taken, UnitTaken
+from mmd.gateway.handover import Client, KeysTaken, Predecessor, Successor, Taken, UnitTaken
 from mmd.gateway.relay.head import RequestParser
 from mmd.systemd.activation import ListenSocket
 
@@ -115,13 +115,19 @@ def test_a_client_goes_over_with_what_was_read_of_it() -> None:
         successor._channel = Ear(ours).channel
         predecessor = Predecessor(theirs)
         clients: list[tuple[Client, socket.socket, bytes]] = []
+        keys_in_use: list[tuple[str, int]] = []
+        predecessor.on_key = lambda _, key, count: keys_in_use.append((key, count))
         predecessor.on_client = lambda client, connection, read: clients.append((client, connection, read))
         peers = [socket.socketpair() for _ in range(2)]
-        successor.take({"unit": UnitTaken(level=1, in_flight=2, idle_s=None)})
+        keys = KeysTaken("#" * (1 << 17), ("a problem",), {"ci": 12.5})
+        successor.take({"unit": UnitTaken(level=1, in_flight=2, idle_s=None)}, keys)
+        successor.count_key("ci", 2)
         successor.give(Client("mmd-api"), os.dup(peers[0][0].fileno()), b"")
         successor.give(Client("mmd-api", chunked=True), os.dup(peers[1][0].fileno()), b"x" * (1 << 20))
         await until(lambda: len(clients) == 2)
         assert await predecessor.taken == Taken({"unit": UnitTaken(1, 2, None)})
+        assert predecessor.keys == keys
+        assert keys_in_use == [("ci", 2)]
         assert [(client, len(read)) for client, _, read in clients] == [
             (Client("mmd-api"), 0),
             (Client("mmd-api", chunked=True), 1 << 20),

@@ -12,7 +12,7 @@ from relay_gateway import Connection, Running, chat_bytes, ok_answer, read_reque
 
 from mmd.gateway.answer_book import AnswerBook
 from mmd.gateway.channel import Channel
-from mmd.gateway.handover import Predecessor, Successor
+from mmd.gateway.handover import KeysTaken, Predecessor, Successor
 from mmd.gateway.relay.kept import KEPT_MAX
 from mmd.names import CPU, UnitName
 from mmd.policy.events import Observed, Phase
@@ -170,7 +170,7 @@ def test_the_next_gateway_is_told_before_it_decides_and_of_what_comes_later() ->
         predecessor.taken.add_done_callback(lambda _: heard.append("taken"))
         many = [(f"resp_{number:0>100}", "org/model") for number in range(KEPT_MAX)]
         successor.keep(many)
-        successor.take({})
+        successor.take({}, KeysTaken("", (), {}))
         await predecessor.taken
         successor.keep_late("resp_late", "m")
         await until(lambda: len(heard) == 3)

@@ -236,7 +236,7 @@ def aimed(name: str, target: str, body: bytes = b"", *, method: str = "POST", co
     parser = RequestParser()
     more = f"Content-Type: {content_type}\r\n" if content_type else ""
     parser.parse(f"{method} {target} HTTP/1.1\r\nHost: x\r\n{more}Content-Length: {len(body)}\r\n\r\n".encode())
-    model, _, body, target_at_engine = PortRoute(name).aim(parser.head, body, _CONFIG, KeptAnswers())
+    model, _, body, target_at_engine, _ = PortRoute(name).aim(parser.head, body, _CONFIG, KeptAnswers())
     assert model.name == name
     return target_at_engine.decode(), body
 

@@ -280,7 +280,7 @@ def test_a_request_that_moves_takes_what_is_left_of_its_wait_along(tmp_path: Pat
         async with loading(tmp_path, Script(), 5, workers=0) as running:
             given: list[bytes] = []
 
-            def heir(connection: int, read: bytes, chunked: bool | None) -> None:
+            def heir(connection: int, read: bytes, chunked: bool | None, let_in: bool) -> None:
                 os.close(connection)
                 given.append(read)
 

@@ -56,14 +56,20 @@ def head_of(method: str, target: str, more: str = "") -> RequestHead:
     return parser.head
 
 
-def aim(method: str, target: str, body: bytes = b"", *, kept: Mapping[str, str] = MappingProxyType({}), more: str = "") -> Aim:
+def aimed(
+    method: str, target: str, body: bytes = b"", *, kept: Mapping[str, str] = MappingProxyType({}), more: str = ""
+) -> tuple[Model, bool, bytes, bytes, str]:
     head = head_of(method, target, more)
     route = ROUTES.get(head.path) or find_route(head.path)
     assert route is not None, "not for a model"
     assert head.method in route.methods
     answers = KeptAnswers()
     answers.inherit(kept.items())
-    return Aim(*route.aim(head, body, CONFIG, answers))
+    return route.aim(head, body, CONFIG, answers)
+
+
+def aim(method: str, target: str, body: bytes = b"", *, kept: Mapping[str, str] = MappingProxyType({}), more: str = "") -> Aim:
+    return Aim(*aimed(method, target, body, kept=kept, more=more)[:4])
 
 
 def refused(method: str, target: str, body: bytes = b"", *, more: str = "") -> ApiError:
@@ -160,13 +166,13 @@ def test_a_changed_configuration_counts_from_the_next_request_on() -> None:
     head, kept = head_of("POST", "/v1/completions"), KeptAnswers()
     body = b'{"model": "org", "stop": 1}'
     route = ROUTES[head.path]
-    assert route.aim(head, body, CONFIG, kept) == (PLAIN, False, body, head.target)
+    assert route.aim(head, body, CONFIG, kept) == (PLAIN, False, body, head.target, "org")
     changed = PLAIN._replace(filters=Filters(strip=("stop",)))
     found = route.aim(head, body, Config(models={"org": changed}), kept)
-    assert found == (changed, False, b'{"model":"org"}', head.target)
+    assert found == (changed, False, b'{"model":"org"}', head.target, "org")
     with pytest.raises(ApiError):
         route.aim(head, body, Config(), kept)
-    assert route.aim(head, body, CONFIG, kept) == (PLAIN, False, body, head.target)
+    assert route.aim(head, body, CONFIG, kept) == (PLAIN, False, body, head.target, "org")
 
 
 # Filters.
@@ -561,3 +567,14 @@ def test_a_place_that_an_engine_names_is_below_its_path(place: str, moved: str) 
     for target, asked in (("/upstream/comfy/a?b", b"/a?b"), ("/upstream/comfy", b"/"), ("/upstream/comfy/", b"/")):
         assert f"Location: {moved}\r\n".encode() in route.lines(head_of("POST", target), asked, b"localhost", parser.head)
     assert ROUTES[b"/props"].lines(head_of("GET", "/props"), b"/props", b"localhost", parser.head) == parser.head.lines
+
+
+def test_what_a_client_reaches_is_named() -> None:
+    """Keys go by that name: an adapter's where the request can reach nothing else, otherwise the model's own."""
+    adapter = next(iter(ORG.lora))
+    named = json.dumps({"model": adapter}).encode()
+    assert aimed("POST", "/v1/completions", named)[4] == adapter
+    assert aimed("GET", f"/v1/realtime?model={adapter}")[4] == adapter
+    assert aimed("GET", f"/upstream/{adapter}/v1/models")[4] == ORG.name
+    assert aimed("POST", f"/upstream/{adapter}/v1/completions", named)[4] == ORG.name
+    assert aimed("GET", "/v1/responses/resp_1", kept={"resp_1": ORG.name})[4] == ORG.name

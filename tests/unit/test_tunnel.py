@@ -330,7 +330,7 @@ def test_leaving_moves_who_waits_and_keeps_who_talks(tmp_path: Path) -> None:
         waiting_reader, waiting_writer = await port.connect()
         waiting_writer.write(b"waits")
         await until(lambda: len(port.running.dispatcher.scheduler.state.waiting) == 1)
-        port.server.hand_over(lambda connection, read, chunked: moved.append(connection))
+        port.server.hand_over(lambda connection, read, chunked, let_in: moved.append(connection))
         (descriptor,) = moved
         port.running.dispatcher.retire()
         assert len(port.server.connections) == 1

@@ -79,7 +79,7 @@ class RegistryRoutes:
                 description="All or none. Each becomes a file in models.d. `verify` or `start` is the next call.",
                 parameters=(Parameter("replace", "Also those that there are already.", {"type": "boolean", "default": False}),),
                 body=Body("One model, or several.", NewModel | NewModels, required=True, example=_EXAMPLE),
-                errors=(409, 413, 415, 503, 504),
+                errors=(409, 413, 503, 504),
             ),
             Route(
                 "DELETE",
@@ -199,9 +199,6 @@ def _was(instance: Instance, name: str) -> bool:
 
 async def _models(request: web.Request) -> dict[str, Any]:
     """What a body defines: `{"name": NAME, SETTING: VALUE, ...}`, or `{"models": {NAME: {SETTING: VALUE}}}` for several."""
-    if "Content-Type" in request.headers and request.content_type != "application/json":
-        message = f"models are JSON, not {request.content_type}: Content-Type: application/json"
-        raise ApiError(415, message, code="unsupported_media_type")
     try:
         raw = json.loads(await request.read())
     except (ValueError, RecursionError) as error:

@@ -20,3 +20,5 @@ class Account(NamedTuple):
     stream: bool
     sent_bytes: int
     tokens: int | None
+    key: str
+    """The name of the API key that it came with, or ""."""

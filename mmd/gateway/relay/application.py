@@ -5,7 +5,7 @@ So a connection may carry requests of both kinds in any order, and one piece of 
 
 import asyncio
 from collections.abc import Iterable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 from aiohttp.web_protocol import RequestHandler
 from aiohttp.web_server import Server
@@ -14,11 +14,15 @@ from mmd.gateway.api_error import ApiError
 from mmd.gateway.relay.exchange import Exchange
 from mmd.gateway.relay.framing import chunk, last_chunk
 from mmd.gateway.relay.head import RequestHead
+from mmd.gateway.relay.visitor import Visitor
 
 if TYPE_CHECKING:
     from mmd.gateway.relay.client import ClientConnection
 
-__all__ = ["ApplicationExchange"]
+__all__ = ["VISITOR", "ApplicationExchange"]
+
+VISITOR: Final = "mmd.visitor"
+"""What a handler asks its transport for to learn who asks."""
 
 
 class _Pipe(asyncio.Transport):
@@ -37,6 +41,8 @@ class _Pipe(asyncio.Transport):
     # What the handler calls.
 
     def get_extra_info(self, name: str, default: Any = None) -> Any:
+        if name == VISITOR and self._exchange is not None:
+            return self._exchange.visitor
         return default if self._transport is None else self._transport.get_extra_info(name, default)
 
     def is_closing(self) -> bool:
@@ -111,8 +117,12 @@ class _Pipe(asyncio.Transport):
 class ApplicationExchange(Exchange):
     """A request that the gateway's own application answers."""
 
-    def __init__(self, client: "ClientConnection", request: RequestHead, length: int | None, server: Server) -> None:
+    def __init__(
+        self, client: "ClientConnection", request: RequestHead, length: int | None, server: Server, visitor: Visitor | None
+    ) -> None:
+        """`visitor`: whose key it comes with; None where no keys are asked for."""
         super().__init__(client, request, length)
+        self.visitor = visitor
         self._chunks = request.chunked
         self._handler: RequestHandler = server()
         pipe = _Pipe(self, client, self._handler)

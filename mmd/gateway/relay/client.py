@@ -296,7 +296,7 @@ class ClientConnection(asyncio.Protocol):
             self._loop.call_later(_FLUSH_S, self.leave)
             return True
         data, begun = request + self._read_so_far + self._ahead, None if exchange is None else exchange.begun
-        heir(self._detach(transport), data, begun)
+        heir(self._detach(transport), data, begun, exchange is not None)
         if exchange is not None:
             self.exchange = None
             exchange.withdraw()

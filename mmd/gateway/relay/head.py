@@ -9,16 +9,20 @@ tests/unit/test_relay_head.py holds each of them.
 The parser sees heads only. Where a head ends is found twice, by us (CR LF CR LF) and by llhttp, and both must agree.
 """
 
-from collections.abc import Iterable
-from typing import Final
+from collections.abc import Iterable, Iterator
+from typing import TYPE_CHECKING, Final
 
 import httptools
 
 from mmd.errors import MmdError
 from mmd.gateway.relay.request_id import FIELD, id_line, without
 
+if TYPE_CHECKING:
+    from mmd.gateway.relay.visitor import Visitor
+
 __all__ = [
     "HEAD_MAX_BYTES",
+    "KEY_PROTOCOL",
     "MalformedError",
     "RequestHead",
     "RequestParser",
@@ -112,7 +116,10 @@ _WAIT = b"x-mmd-wait"
 
 # Credentials for us are none of the engine's business, nor is what else is meant for us; what it compresses we could not count.
 # The id is written anew.
-_NOT_TO_ENGINE = frozenset((b"authorization", b"cookie", b"accept-encoding", _WAIT, FIELD))
+_NOT_TO_ENGINE = frozenset((b"authorization", b"x-api-key", b"cookie", b"accept-encoding", _WAIT, FIELD))
+
+KEY_PROTOCOL: Final = b"openai-insecure-api-key."
+"""Begins the subprotocol by which browsers send a WebSocket's key (platform.openai.com/docs/guides/realtime-websocket)."""
 
 
 class RequestHead(_Head):
@@ -135,6 +142,9 @@ class RequestHead(_Head):
         """The browser asks whether the page may send a request, or opens a WebSocket for it, which it lets read everything."""
         self.wait = b""
         """X-MMD-Wait: how long the client wants to wait for its model."""
+        self.visitor: Visitor | None = None
+        """Whose key came with it, as `Access` found out when it had the keys of that `edition`."""
+        self.edition: object = None
 
     def written(self, length: int, wait: bytes, id_line: bytes = b"") -> bytes:
         """The head of the same request with a body of `length` bytes, for another reader. `wait`: what is left of its wait;
@@ -198,7 +208,7 @@ class RequestHead(_Head):
         asks = method == b"OPTIONS" and self.field(b"access-control-request-method") != b""
         self.needs_leave = self.origin != b"" and (asks or self.websocket)
         self.id_line = id_line(self.field(FIELD))
-        self.engine_lines = _lines(field for field in self.fields if field[0] not in _NOT_TO_ENGINE)
+        self.engine_lines = _lines(_for_engine(self.fields))
 
     def _origin_form(self) -> None:
         """Absolute targets are legal (RFC 9112, 3.2.2), and name the host as well."""
@@ -211,6 +221,18 @@ class RequestHead(_Head):
 
 
 _NOT_TO_CLIENT = frozenset((b"server", FIELD))
+
+
+def _for_engine(fields: Iterable[tuple[bytes, bytes, bytes]]) -> Iterator[tuple[bytes, bytes, bytes]]:
+    for lower, name, value in fields:
+        if lower in _NOT_TO_ENGINE:
+            continue
+        if lower == b"sec-websocket-protocol" and KEY_PROTOCOL in value:
+            offered = [each.strip() for each in value.split(b",")]
+            value = b", ".join([each for each in offered if each[: len(KEY_PROTOCOL)] != KEY_PROTOCOL])
+            if not value:
+                continue
+        yield lower, name, value
 
 
 class ResponseHead(_Head):

@@ -29,9 +29,9 @@ class Host(Protocol):
         """It is no more."""
 
     @property
-    def heir(self) -> Callable[[int, bytes, bool | None], None] | None:
+    def heir(self) -> Callable[[int, bytes, bool | None, bool], None] | None:
         """Where connections go that have nothing to wait for here: a descriptor, what was read of it, and of an event stream
-        that has begun whether it is chunked. None: they stay."""
+        that has begun whether it is chunked; and whether a request moves on that has been let in. None: they stay."""
 
     def exchange(self, client: "ClientConnection", request: RequestHead, length: int | None) -> Exchange | None:
         """Who answers this request; None: another process, by `pass_on`."""

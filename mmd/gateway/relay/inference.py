@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from mmd.config import EngineKind
 from mmd.gateway.api_error import ApiError
+from mmd.gateway.relay.access import Access
 from mmd.gateway.relay.account import Account
 from mmd.gateway.relay.counters import USAGE_TAIL_BYTES, Counters, tokens_so_far
 from mmd.gateway.relay.engine import EngineConnection, EngineConnections
@@ -20,6 +21,7 @@ from mmd.gateway.relay.head import RequestHead, ResponseHead
 from mmd.gateway.relay.kept import IdFinder
 from mmd.gateway.relay.request_id import own_line
 from mmd.gateway.relay.routing import Aim, Route, UnknownAnswerError, not_taken
+from mmd.gateway.relay.visitor import Visitor
 from mmd.gateway.relay.waiting import EVENTS, WaitingExchange, wait_of
 from mmd.gateway.workers import worker_count
 from mmd.quantity import format_size
@@ -57,6 +59,7 @@ class Inference:
 
     def __init__(self, gate: Gate) -> None:
         self.gate = gate
+        self.access = Access()
         self.counters: dict[str, Counters] = {}
         """By model name."""
         self.held_bytes = 0
@@ -85,13 +88,25 @@ class InferenceExchange(WaitingExchange):
     """One request for a model."""
 
     def __init__(
-        self, client: "ClientConnection", request: RequestHead, length: int | None, shared: Inference, route: Route
+        self,
+        client: "ClientConnection",
+        request: RequestHead,
+        length: int | None,
+        shared: Inference,
+        route: Route,
+        visitor: Visitor | None,
     ) -> None:
+        """`visitor`: whose key it comes with; None where no keys are asked for."""
         super().__init__(client, request, length, shared)
         self.number = shared.last_number = shared.last_number + 1
         if not self.id_line:
             self.id_line = own_line(shared.id_prefix, self.number)
         self._route = route
+        self._visitor = visitor
+        self._entered: Visitor | None = None
+        """Where it is counted."""
+        self.counted = False
+        """The gateway before this one has counted it against the limits of its key."""
         self._pieces: list[bytes] | None = None
         self._body_size = 0
         self._held = 0
@@ -166,7 +181,7 @@ class InferenceExchange(WaitingExchange):
         except UnknownAnswerError as unknown:  # by another name than below: to mypyc one name has one type
             self._task = self._shared.loop.create_task(self._seek(unknown.answer, body))
         except ApiError as error:
-            self.fail(error)
+            self._refuse(error)
         else:
             self._forward(aim, body)
 
@@ -177,13 +192,22 @@ class InferenceExchange(WaitingExchange):
         try:
             aim = self._route.aim(self.request, body, self._shared.gate.config, kept)
         except ApiError as error:
-            self.fail(error)
+            self._refuse(error)
         else:
             self._forward(aim, body)
 
+    def _refuse(self, error: ApiError) -> None:
+        self.fail(error if self._visitor is None else self._visitor.veil(error))
+
     def _forward(self, aim: Aim, body: bytes) -> None:
         gate = self._shared.gate
-        model, self._stream, self._request, self._target = aim
+        model, self._stream, self._request, self._target, name = aim
+        if self._visitor is not None:
+            refusal = self._visitor.enter(model, name, counted=self.counted)
+            if refusal is not None:
+                self.fail(refusal)
+                return
+            self._entered = self._visitor
         self._model, self._body_in, self._body_size = model, body, len(self._request)
         if self._route.answers_are_kept:
             self._finder = IdFinder()
@@ -220,7 +244,9 @@ class InferenceExchange(WaitingExchange):
             return None
         state = "waiting" if self.upstream is None else "answering" if self.status else "sent"
         tokens = tokens_so_far(self._before + self._tail)
-        return Account(self._shared.id_prefix, self.number, self._model, state, self._begun, self._stream, self._sent, tokens)
+        key = self._entered.key if self._entered is not None else None
+        prefix, name = self._shared.id_prefix, key.name if key is not None else ""
+        return Account(prefix, self.number, self._model, state, self._begun, self._stream, self._sent, tokens, name)
 
     def withdraw(self) -> None:
         self._model = None  # its counters are the other's
@@ -337,6 +363,8 @@ class InferenceExchange(WaitingExchange):
         if self._place is not None:
             self._place.close()
         self._hold(0)
+        if self._entered is not None:
+            self._entered.leave()
         if model is None:
             return
         shared = self._shared

@@ -39,7 +39,7 @@ class PortRoute(Route):
 
     def _aim_at_program(self, model: Model, request: RequestHead, body: bytes, config: Config) -> Aim:
         """It may mean something else by our paths, and know models of its own: what is no change by the configuration stays."""
-        as_it_is = model, False, body, request.target
+        as_it_is = model, False, body, request.target, model.name
         route = ROUTES.get(request.path)
         if route is None or request.method not in route.methods:
             return as_it_is
@@ -51,7 +51,7 @@ class PortRoute(Route):
         aim = route.aim_at(model, request, body, request.target)
         if known or model.engine is EngineKind.EXTERNAL or model.filters.strip or model.filters.set:
             return aim
-        return model, aim[1], body, request.target
+        return model, aim[1], body, request.target, model.name
 
     def _check(self, model: Model, name: object, config: Config) -> bool:
         """Whether the request names this model; ApiError 404 when it names another one."""

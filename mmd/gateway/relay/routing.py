@@ -32,8 +32,9 @@ _TRUE: Final = frozenset((b"true", b"1", b"yes", b"on", b"t", b"y"))
 """In forms, as pydantic reads them."""
 
 
-Aim = tuple[Model, bool, bytes, bytes]
-"""Where a request goes, and as what: the model, whether an event stream is asked for, body and target as its engine gets them.
+Aim = tuple[Model, bool, bytes, bytes, str]
+"""Where a request goes, and as what: the model, whether an event stream is asked for, body and target as its engine gets them;
+and what the client calls the model, or the adapter of it that it means and that is all it can reach by this.
 
 A plain tuple, which compiled code takes apart without making it: every request has one.
 """
@@ -88,7 +89,7 @@ class Route:
 
     def aim_at(self, model: Model, request: RequestHead, body: bytes, target: bytes) -> Aim:
         """The same request, for `model`, of which the path has told: what it says of a model itself is no matter."""
-        return model, False, body, target
+        return model, False, body, target, model.name
 
     def named(self, request: RequestHead, body: bytes) -> object:
         """The model that the request names, as it came: most of the time text, or None; ApiError 400 when it cannot be read."""
@@ -113,10 +114,12 @@ class ByBody(Route):
         name = found.model
         if config is not self._config:
             self._learn(config)
-        model = self._as_it_is.get(name) if isinstance(name, str) else None
-        if model is not None:
-            return model, found.stream is True, body, request.target
-        return self.aim_at(_named(name, config), request, body, request.target)
+        if isinstance(name, str):
+            model = self._as_it_is.get(name)
+            if model is not None:
+                return model, found.stream is True, body, request.target, name
+        named, stream, body, target, _ = self.aim_at(_named(name, config), request, body, request.target)
+        return named, stream, body, target, str(name)
 
     def named(self, request: RequestHead, body: bytes) -> object:
         return find_names(body).model
@@ -134,7 +137,7 @@ class ByBody(Route):
         if found.model != at_engine or model.filters.strip or model.filters.set:
             body = rewrite(body, at_engine, model.filters)
             found = find_names(body)
-        return model, found.stream is True, body, target
+        return model, found.stream is True, body, target, model.name
 
 
 class ByForm(Route):
@@ -144,14 +147,14 @@ class ByForm(Route):
         (start, end), stream = _form(request, body)
         name = body[start:end].decode("utf-8", "replace")
         model = _named(name, config)
-        return model, stream, _spliced(body, start, end, name, _name_at_engine(model, name)), request.target
+        return model, stream, _spliced(body, start, end, name, _name_at_engine(model, name)), request.target, name
 
     def aim_at(self, model: Model, request: RequestHead, body: bytes, target: bytes) -> Aim:
         (start, end), stream = _form(request, body)
         name = body[start:end].decode("utf-8", "replace")
         if start:  # otherwise there is no model in it, and the engine takes its own
             body = _spliced(body, start, end, name, _name_at_engine(model, name))
-        return model, stream, body, target
+        return model, stream, body, target, model.name
 
     def named(self, request: RequestHead, body: bytes) -> object:
         (start, end), _ = _form(request, body)
@@ -183,21 +186,22 @@ class ByQuery(Route):
 
     def aim(self, request: RequestHead, body: bytes, config: Config, kept: KeptAnswers) -> Aim:
         name = query.find(request.target.partition(b"?")[2], "model")
-        return self._renamed(_named(name, config), name, body, request.target)
+        model = _named(name, config)
+        return model, False, body, self._renamed(model, name, request.target), name
 
     def aim_at(self, model: Model, request: RequestHead, body: bytes, target: bytes) -> Aim:
         name = query.find(target.partition(b"?")[2], "model")
-        return self._renamed(model, name, body, target)
+        return model, False, body, self._renamed(model, name, target), model.name
 
     def named(self, request: RequestHead, body: bytes) -> object:
         return query.find(request.target.partition(b"?")[2], "model")
 
-    def _renamed(self, model: Model, name: str, body: bytes, target: bytes) -> Aim:
+    def _renamed(self, model: Model, name: str, target: bytes) -> bytes:
         at_engine = _name_at_engine(model, name)
-        if name not in ("", at_engine):
-            path, _, parameters = target.partition(b"?")
-            target = path + b"?" + query.rename(parameters, at_engine)
-        return model, False, body, target
+        if name in ("", at_engine):
+            return target
+        path, _, parameters = target.partition(b"?")
+        return path + b"?" + query.rename(parameters, at_engine)
 
 
 class ByMethod(Route):
@@ -248,7 +252,7 @@ class ByPath(Route):
             path, question, parameters = request.target.partition(b"?")
             place = (path + b"/" + question + parameters).decode("latin-1")
             raise ApiError(307, f"{model.name} is at {place}", code="moved", fields={"Location": place})
-        return model, False, body, target
+        return model, False, body, target, model.name
 
     def lines(self, request: RequestHead, target: bytes, host: bytes, head: ResponseHead) -> bytes:
         return relocate(head, host, request.path.removesuffix(target.partition(b"?")[0]))
@@ -275,7 +279,7 @@ class ById(Route):
 
     def aim_at(self, model: Model, request: RequestHead, body: bytes, target: bytes) -> Aim:
         stream = query.find(target.partition(b"?")[2], "stream").lower().encode() in _TRUE
-        return model, stream, body, target
+        return model, stream, body, target, model.name
 
 
 def permitted(model: Model, request: RequestHead, target: bytes) -> Route:

@@ -31,6 +31,8 @@ from mmd.gateway.workers.messages import (
     Counted,
     Finish,
     Found,
+    Keyed,
+    KeysKnown,
     Leave,
     ListRequests,
     Pulse,
@@ -74,11 +76,14 @@ class Worker:
                 self._spawn(self._server.start())
             case Configured():
                 self._configure(fds[0])
+            case Keyed():
+                self._inference.access.use(pickle.loads(from_memory(fds[0])))  # noqa: S301 - as above
+                self._channel.send(KeysKnown())
             case Connection(chunked):
                 self._spawn(self._server.adopt(*connection_of(fds), chunked))
             case Leave():
                 self._leaving = True
-                self._server.hand_over(self._give)
+                self._server.hand_over(self._hand_over)
             case Finish(timeout_s):
                 self.finish(timeout_s)
             case ListRequests(number):
@@ -119,6 +124,9 @@ class Worker:
 
     def _give(self, connection: int, read: bytes, chunked: bool | None = None) -> None:
         self._channel.send_connection(Connection(chunked), connection, read)
+
+    def _hand_over(self, connection: int, read: bytes, chunked: bool | None, _: bool) -> None:
+        self._give(connection, read, chunked)
 
     def finish(self, timeout_s: float | None = None) -> None:
         """Accept nothing more, and end when what was accepted is answered."""

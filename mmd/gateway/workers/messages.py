@@ -20,6 +20,8 @@ __all__ = [
     "Found",
     "GiveBack",
     "Kept",
+    "Keyed",
+    "KeysKnown",
     "Lease",
     "Leave",
     "ListRequests",
@@ -44,6 +46,14 @@ class Accept(msgspec.Struct, frozen=True, tag=True):
 
 class Configured(msgspec.Struct, frozen=True, tag=True):
     """A configuration is in force. Descriptor: a memory file with the pickled mmd.config.Config."""
+
+
+class Keyed(msgspec.Struct, frozen=True, tag=True):
+    """These API keys are in force. Descriptor: a memory file with the pickled mmd.keys.KeyRing. Answered by KeysKnown."""
+
+
+class KeysKnown(msgspec.Struct, frozen=True, tag=True):
+    """No request is let in by the keys before these any more."""
 
 
 class Lease(msgspec.Struct, frozen=True, tag=True):
@@ -223,6 +233,7 @@ ToWorker = (
     Begin
     | Accept
     | Configured
+    | Keyed
     | Lease
     | Revoke
     | Admitted
@@ -234,4 +245,4 @@ ToWorker = (
     | ListRequests
     | CancelRequest
 )
-ToDecider = Revoked | Drained | Found | Kept | Ask | Lost | GiveBack | AskProgress | Connection | Pulse
+ToDecider = Revoked | KeysKnown | Drained | Found | Kept | Ask | Lost | GiveBack | AskProgress | Connection | Pulse

@@ -35,6 +35,8 @@ class WorkerProcess:
         self._arrived: dict[int, int] = {}
         """By slot, what has been counted of its arrivals."""
         self.prepared = asyncio.Event()
+        self.keys_asked = self.keys_known = 0
+        """How often it was told of API keys, and how often it has answered."""
         self.connections: int | None = None
         """As it said last; None: unknown since it was told to leave."""
         self._channel = Channel(end, ToDecider, partial(hear, self), partial(lose, self))

@@ -29,6 +29,8 @@ from mmd.gateway.workers.messages import (
     Finish,
     Found,
     Kept,
+    Keyed,
+    KeysKnown,
     Leave,
     Pulse,
     Revoked,
@@ -57,6 +59,10 @@ _DELAY_S: Final = 0.5
 _DELAY_MAX_S: Final = 5.0
 _END_WITHIN_S: Final = 5.0
 _POLL_S: Final = 0.02
+
+# A worker looks at its channel a thousand times a second; mmdctl waits for 10 s.
+_KEYED_WITHIN_S: Final = 5.0
+_KEYED_POLL_S: Final = 0.002
 
 
 class Staff:
@@ -114,6 +120,7 @@ class Staff:
         self._desks[worker] = Desk(self._dispatcher, worker)
         shared = (os.dup(each.fileno()) for each in self._sockets)
         worker.say(Begin(), worker.tally_descriptor, _pickled(self._dispatcher.config), *shared)
+        self._tell_keys(worker)
         self._lessor.inform(worker)
         if self._accepting:
             worker.say(Accept())
@@ -150,6 +157,27 @@ class Staff:
     def configure(self, config: Config) -> None:
         for worker in self._workers:
             worker.say(Configured(), _pickled(config))
+
+    def tell_keys(self) -> None:
+        """Other API keys are in force: what is sent to a worker after this, it judges by them."""
+        for worker in self._workers:
+            self._tell_keys(worker)
+
+    def _tell_keys(self, worker: WorkerProcess) -> None:
+        worker.keys_asked += 1
+        worker.say(Keyed(), in_memory(pickle.dumps(self._inference.access.ring)))
+
+    async def keys_known(self) -> None:
+        """Return when every worker goes by the API keys that it was told of; one that does not answer is killed."""
+        asked = {worker: worker.keys_asked for worker in self._workers}
+        begun = self._loop.time()
+        while late := [each for each, number in asked.items() if each in self._workers and each.keys_known < number]:
+            if self._loop.time() - begun > _KEYED_WITHIN_S:
+                for worker in late:
+                    _log.error("worker %d goes on by API keys that are no more, and is killed", worker.pid)
+                    worker.kill()
+                return
+            await asyncio.sleep(_KEYED_POLL_S)
 
     def leave(self, heir: Heir) -> None:
         """Another gateway accepts: send it all connections, see Server.hand_over."""
@@ -197,6 +225,8 @@ class Staff:
                 self._lessor.revoked(worker, parsed)
             case Found():
                 self.census.hear(worker, message, fds)
+            case KeysKnown():
+                worker.keys_known += 1
             case Drained():
                 self._lessor.survey()
             case Kept(answer, model):
@@ -218,7 +248,7 @@ class Staff:
     def _take(self, connection: socket.socket, read: bytes, chunked: bool | None) -> None:
         """A connection that a worker has no use for."""
         if self._heir is not None:
-            self._heir(connection.detach(), read, chunked)
+            self._heir(connection.detach(), read, chunked, False)
         else:
             assert self.adopt is not None
             self._dispatcher.spawn(self.adopt(connection, read, chunked))

@@ -1,0 +1,129 @@
+"""Who may do what in the admin API, and the log of it.
+
+On the admin socket: whoever may open it, and the log says who that was. Over TCP anybody may look, but for what is private;
+changes need a key for administration, or `gateway.admin_auth: open`. A browser carries no key by itself. Where none is needed,
+a web page must not have its visitor's browser make changes: not from another site (Origin, Sec-Fetch-Site), and not by a name
+of its own that leads here (DNS rebinding; Host).
+"""
+
+import logging
+import socket
+from collections.abc import Awaitable, Callable
+from ipaddress import ip_address
+from urllib.parse import urlsplit
+
+from aiohttp import web
+
+from mmd.config import AdminAuth, Gateway
+from mmd.gateway.api_error import ApiError
+from mmd.gateway.application import visitor_of
+from mmd.gateway.peer import peer_of
+from mmd.origins import is_open_to
+
+__all__ = ["AdminAccess"]
+
+_log = logging.getLogger(__name__)
+
+_Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
+
+_LOCAL_NAMES = ("localhost", "localhost.localdomain", "ip6-localhost")
+_MAKE_KEY = "mmdctl keys add NAME --scope admin"
+
+
+class AdminAccess:
+    """`settings`: the ones in force."""
+
+    def __init__(self, settings: Callable[[], Gateway]) -> None:
+        self._settings = settings
+
+    def on_socket(self, route: web.RouteDef) -> web.RouteDef:
+        """The route as it is on the admin socket."""
+
+        async def logged(request: web.Request) -> web.StreamResponse:
+            peer = peer_of(request)
+            _log.info("%s, asked by %s", _words(request), "somebody who has gone" if peer is None else await peer.words())
+            return await handler(request)
+
+        handler: _Handler = route.handler
+        return route if _reads(route) else _with(route, logged)
+
+    def over_tcp(self, route: web.RouteDef, *, private: bool) -> web.RouteDef:
+        """The route as it is on the addresses of gateway.admin_listen; `private`: what it shows is not for everybody."""
+
+        async def guarded(request: web.Request) -> web.StreamResponse:
+            who = self._judge(request, _words(request))
+            if not reads:
+                _log.info("%s, asked by %s at %s", _words(request), who, request.remote or "a Unix socket")
+            return await handler(request)
+
+        async def shown(request: web.Request) -> web.StreamResponse:
+            visitor = visitor_of(request)
+            if visitor is not None and visitor.tried:
+                raise visitor.stranger()
+            return await handler(request)
+
+        handler: _Handler = route.handler
+        reads = _reads(route)
+        return _with(route, shown if reads and not private else guarded)
+
+    def _judge(self, request: web.Request, what: str) -> str:
+        """Who asks, in words; ApiError 401 or 403 for somebody who may not."""
+        visitor = visitor_of(request)
+        if visitor is not None and visitor.key is not None and visitor.admin:
+            return f"the API key {visitor.key.name}"
+        if visitor is not None and visitor.tried:
+            raise visitor.stranger()
+        if self._settings().admin_auth is AdminAuth.OPEN:
+            self._refuse_foreign_pages(request)
+            return "whoever it is"
+        if visitor is not None and visitor.key is not None:
+            message = f"{what}: the API key {visitor.key.name} is for inference only; make one for administration: {_MAKE_KEY}"
+        else:
+            message = f"{what}: over TCP this needs an API key for administration ({_MAKE_KEY}); or use mmdctl on this machine"
+        raise ApiError(403, message, code="admin_key_needed")
+
+    def _refuse_foreign_pages(self, request: web.Request) -> None:
+        origin, site, host = (request.headers.get(name, "") for name in ("Origin", "Sec-Fetch-Site", "Host"))
+        origins = self._settings().cors_origins
+        if origin and is_open_to(origins, origin, by_name=True):
+            return
+        if site not in ("", "same-origin", "none") or (origin and urlsplit(origin).netloc.lower() != host.lower()):
+            message = "a page of another site asks for this; an API key for administration permits it"
+            raise ApiError(403, message, code="foreign_page")
+        if not _leads_here(host, origins):
+            message = f"{host!r} is no name of this machine; ask it by its address, or with an API key for administration"
+            raise ApiError(403, message, code="foreign_name")
+
+
+def _with(route: web.RouteDef, handler: _Handler) -> web.RouteDef:
+    return web.RouteDef(route.method, route.path, handler, route.kwargs)
+
+
+def _reads(route: web.RouteDef) -> bool:
+    return route.method in ("GET", "HEAD")
+
+
+def _words(request: web.Request) -> str:
+    """What is asked for, such as `stop demo/llama-8b`. Of the target's query nothing, and nothing that could break a line."""
+    name, resource = request.match_info.get("name", ""), request.match_info.route.resource
+    operation = "" if resource is None else resource.canonical.rpartition("/")[2]
+    if name and name.isprintable() and operation.isalpha():
+        return f"{operation} {name}"
+    return f"{request.method} {request.rel_url.raw_path}"
+
+
+def _leads_here(host: str, origins: tuple[str, ...]) -> bool:
+    """Whether a Host is an address or a name that no stranger's name server answers for."""
+    try:
+        name = urlsplit(f"//{host}").hostname or ""
+    except ValueError:
+        return False
+    if name in _LOCAL_NAMES or name.endswith(".localhost") or name == socket.gethostname().lower():
+        return True
+    if any(name == urlsplit(origin).hostname for origin in origins):
+        return True
+    try:
+        ip_address(name)
+    except ValueError:
+        return False
+    return True

@@ -1,0 +1,131 @@
+"""Who asks, by the API key that came with the request: what it may use, and how much of that it does at present."""
+
+import time
+from math import isfinite
+from typing import TYPE_CHECKING, Final
+
+from mmd.gateway.api_error import ApiError
+from mmd.keys import Key, KeyScope, Rate
+
+if TYPE_CHECKING:
+    from mmd.config import Model
+
+__all__ = ["NO_KEY", "TWO_KEYS", "UNKNOWN_KEY", "Visitor"]
+
+NO_KEY: Final = "no API key came with the request: send Authorization: Bearer KEY, or x-api-key: KEY"
+UNKNOWN_KEY: Final = "the API key is not known here; an administrator makes keys (mmdctl keys add NAME)"
+TWO_KEYS: Final = "two different API keys came with the request: send one, as Authorization: Bearer KEY or as x-api-key: KEY"
+
+# When a request of a key that has as many under way as it may is worth trying again: nobody knows when one of them ends.
+_AGAIN_S: Final = 1.0
+
+
+class Visitor:
+    """All requests that come with one key; or, without a `key`, those that come with none that is known, and `why`."""
+
+    def __init__(self, key: Key | None, why: str = "") -> None:
+        self.key = key
+        self.in_flight = 0
+        """Inference requests under way in this process, waiting ones among them."""
+        self.elsewhere = 0
+        """Those that the gateways before this one still answer."""
+        self._why = why
+        self._rate: Rate | None = None
+        self._judged: dict[str, tuple[Model, bool]] = {}
+        """Whether it may use a model, by each name that it was asked for by."""
+        self.renew(key)
+
+    def renew(self, key: Key | None) -> None:
+        """The key's entry may say something else now. What has been counted against a limit that stays is counted still."""
+        self.key = key
+        limit = None if key is None else key.rate
+        if limit is None or self._rate is None or self._rate.limit != limit:
+            self._rate = None if limit is None else Rate(limit)
+        self._judged.clear()
+
+    def revoke(self) -> None:
+        """The key is none any more, also for a request whose head has come but not yet its body."""
+        self.key, self._why, self._rate = None, UNKNOWN_KEY, None
+
+    @property
+    def limited(self) -> bool:
+        """Whether its requests are counted, which one process does for all."""
+        key = self.key
+        return key is not None and (key.rate is not None or key.concurrency is not None)
+
+    @property
+    def admin(self) -> bool:
+        return self.key is not None and self.key.scope is KeyScope.ADMIN
+
+    @property
+    def tried(self) -> bool:
+        """Whether something came with the request that is no key."""
+        return self.key is None and self._why != NO_KEY
+
+    def stranger(self) -> ApiError:
+        """401, for somebody without a key. Nothing of what was sent is said again."""
+        return ApiError(401, self._why, code="invalid_api_key")
+
+    def may_use(self, model: "Model", name: str) -> bool:
+        """Whether its key is good for `model`, which it calls `name`: a name of the model's, or one of its adapters."""
+        key = self.key
+        if key is None:
+            return False
+        if not key.models:
+            return True
+        known = self._judged.get(name)
+        if known is None or known[0] is not model:
+            known = self._judged[name] = model, key.allows(name, (model.name, *model.aliases))
+        return known[1]
+
+    def may_see(self, model: "Model") -> bool:
+        return self.may_use(model, model.name)
+
+    def forbidden(self, name: str) -> ApiError:
+        """403, for a model that its key is not good for."""
+        whose = self.key.name if self.key is not None else ""
+        message = f"the API key {whose} is not good for the model {name!r}; GET /v1/models lists those that it is good for"
+        return ApiError(403, message, code="model_not_allowed", param="model")
+
+    def enter(self, model: "Model", name: str, *, counted: bool) -> ApiError | None:
+        """Begin a request, which ends with `leave`; or why not. `counted`: another gateway has let it in, and it moves on."""
+        key = self.key
+        if key is None:
+            return self.stranger()
+        if not self.may_use(model, name):
+            return self.forbidden(name)
+        if not counted:
+            most, rate = key.concurrency, self._rate
+            if most is not None and self.in_flight + self.elsewhere >= most:
+                return _too_many(f"the API key {key.name} has {most} requests under way, as many as it may", _AGAIN_S)
+            if rate is not None:
+                wait_s = rate.take(time.monotonic())
+                if wait_s > 0:
+                    return _too_many(f"the API key {key.name} may begin {rate.limit} requests", wait_s)
+        self.in_flight += 1
+        return None
+
+    def leave(self) -> None:
+        self.in_flight -= 1
+
+    def veil(self, error: ApiError) -> ApiError:
+        """The same without names of models that its key is not good for."""
+        if error.code != "model_not_found" or self.key is None or not self.key.models:
+            return error
+        message = "there is no model of that name for the API key {}; GET /v1/models lists those that there are"
+        return ApiError(error.status, message.format(self.key.name), code=error.code, param=error.param)
+
+    # What moves from one gateway to the next.
+
+    @property
+    def full_at_s(self) -> float | None:
+        """What is counted against its rate, see `Rate.full_at_s`; None: nothing, or it has none."""
+        return self._rate.full_at_s if self._rate is not None and isfinite(self._rate.full_at_s) else None
+
+    def resume(self, full_at_s: float) -> None:
+        if self._rate is not None:
+            self._rate.full_at_s = max(self._rate.full_at_s, full_at_s)
+
+
+def _too_many(message: str, wait_s: float) -> ApiError:
+    return ApiError(429, message, code="rate_limit_exceeded", retry_after_s=wait_s)
