@@ -79,7 +79,9 @@ class Narrator:
             queue = state.queues.get(model.name, ()) if model is not None else ()
             if any(waiter.operator for waiter in queue):
                 return "asked for by an operator"
-            return f"requests wait for it ({len(queue)})" if queue else "it is to stand by"
+            if queue:
+                return f"requests wait for it ({len(queue)})"
+            return "it is tried" if model is not None and model.name in state.trials else "it is to stand by"
         claim = next((each for each in state.claims.values() if action.unit in each.victims), None)
         if claim is not None:
             return f"it makes room for {claim.model}"

@@ -276,6 +276,18 @@ def test_events_tell_what_is_done_and_why(tmp_path: Path) -> None:
     with_admin(tmp_path, Script(), check)
 
 
+def test_events_tell_of_a_trial(tmp_path: Path) -> None:
+    async def check(admin: Administered) -> None:
+        await admin.operate(f"{MODEL}/stop")
+        await admin.operate(f"{MODEL}/reset")
+        assert (await admin.get(MODEL))["state"] == "pending", "what was learned of it is forgotten"
+        assert "verified: ready in" in (await admin.operate(f"{MODEL}/verify"))["message"]
+        begun = [each["data"] for each in await admin.events("/api/v1/events") if each["event"] == "action_begun"]
+        assert (begun[-1]["action"], begun[-1]["why"]) == ("start", "it is tried")
+
+    with_admin(tmp_path, Script(), check)
+
+
 def test_events_are_followed_until_the_gateway_leaves(tmp_path: Path) -> None:
     async def check(admin: Administered) -> None:
         async with admin.http.get("/api/v1/events?follow=true&lines=0") as answer:

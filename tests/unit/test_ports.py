@@ -9,6 +9,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 from relay_gateway import OK, Connection, Running, Script, chat_bytes, engine, gateway, ok_answer, run, until
@@ -46,9 +47,17 @@ class Site:
 
 @asynccontextmanager
 async def site(
-    path: Path, serve: Callable[..., Awaitable[None]], sockets: tuple[ListenSocket, ...] = (), workers: int = 0
+    path: Path,
+    serve: Callable[..., Awaitable[None]],
+    sockets: tuple[ListenSocket, ...] = (),
+    workers: int = 0,
+    *,
+    ready: bool = True,
 ) -> AsyncIterator[Site]:
-    async with engine(path / "engine.sock", serve) as endpoint, gateway({"m": endpoint}, workers=workers) as running:
+    async with (
+        engine(path / "engine.sock", serve) as endpoint,
+        gateway({"m": endpoint}, workers=workers, ready=ready) as running,
+    ):
         servers: list[Serving] = []
         ports = Ports(running.dispatcher, running.inference, servers, path / "ports.sock", sockets)
         ports.prepare()
@@ -389,6 +398,36 @@ def test_a_request_at_a_port_is_listed_and_cancelled(tmp_path: Path) -> None:
             status, content = await asking
             assert (status, json.loads(content)["error"]["code"]) == (503, "cancelled_by_operator")
             await until(lambda: there.running.in_flight == 0)
+        listening.close()
+
+    run(work())
+
+
+def test_a_request_that_waits_moves_with_its_id_and_its_origin(tmp_path: Path) -> None:
+    async def work() -> None:
+        listening = socket.create_server(("127.0.0.1", 0))
+        settings = Gateway(cors_origins=(_PAGE,))
+        moved: list[Any] = []
+        script = Script()
+        (tmp_path / "next").mkdir()
+        async with site(tmp_path, hang, ready=False) as old, site(tmp_path / "next", script) as new:
+            old.running.lifecycle.start_s = 60
+            await old.configure(model(address(listening)), settings)
+            await new.configure(model(address(listening)), settings)
+            assert await old.unit("open", "m", listening) == 0
+            connection = Connection(*await asyncio.open_connection(*listening.getsockname()))
+            await connection.send(chat_bytes(more=f"Origin: {_PAGE}\r\n".encode()))
+            await until(lambda: old.running.in_flight == 1)
+            (listed,) = requests_on([each for each in old.servers[0].connections if isinstance(each, ClientConnection)], 0)
+            old.servers[0].hand_over(lambda *client: moved.append(client))
+            ((descriptor, read, chunked, *_),) = moved
+            assert await new.unit("open", "m", listening) == 0
+            await new.servers[0].adopt(socket.socket(fileno=descriptor), read, chunked)
+            status, fields, content = await connection.answer()
+            assert (status, content, fields["access-control-allow-origin"]) == (200, OK, _PAGE)
+            assert fields["x-request-id"] == listed.id, "what clients and engines are told of it stays"
+            assert f"\r\nx-request-id: {listed.id}\r\n".encode() in script.requests[0][0].lower()
+            await connection.close()
         listening.close()
 
     run(work())
