@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 from client import Answer, chat, get, post, stream
-from testbed import Installation
+from testbed import PROCESSES, Installation, named
 
 _MODELS = """
 gateway: {workers: WORKERS, admin_auth: AUTH}
@@ -29,7 +29,7 @@ _GATEWAY = "mmd-gateway.service"
 _A = "/api/v1/models/demo%2Fa"
 
 
-@pytest.fixture(params=[1, 2], ids=["alone", "workers"])
+@pytest.fixture(params=PROCESSES, ids=named)
 def machine(installed: Installation, request: pytest.FixtureRequest) -> Iterator[Installation]:
     installed.configure(_MODELS.replace("WORKERS", str(request.param)).replace("AUTH", "open"))
     installed.systemctl("restart", _GATEWAY)

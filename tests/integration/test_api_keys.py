@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 import pytest
 from client import post
-from testbed import CHECKOUT, Installation
+from testbed import CHECKOUT, PROCESSES, Installation, named
 
 from mmd.keys import KeyRing
 
@@ -142,7 +142,7 @@ models:
 """
 
 
-@pytest.fixture(params=[1, 2], ids=["alone", "workers"])
+@pytest.fixture(params=PROCESSES, ids=named)
 def serving(clean: Installation, request: pytest.FixtureRequest) -> Installation:
     clean.configure(_MODELS.replace("WORKERS", str(request.param)))
     return clean

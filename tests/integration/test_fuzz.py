@@ -12,10 +12,10 @@ from random import Random
 import pytest
 from attacks import Attack, Ending, attack
 from client import chat, stream
-from testbed import Installation
+from testbed import PROCESSES, Installation, named
 
 _SEED = int(os.environ.get("MMD_FUZZ_SEED", "1"))
-_ATTACKS = int(os.environ.get("MMD_FUZZ_ATTACKS", "1000"))
+_ATTACKS = int(os.environ.get("MMD_FUZZ_ATTACKS", "500"))
 _MODELS = """
 gateway: {workers: WORKERS, loading_keepalive: 100ms}
 gpus: {provider: sim, devices: [{memory: 24GiB}]}
@@ -32,7 +32,7 @@ _DESCRIPTORS_MORE = 24
 """Kept connections to engines, and the like."""
 
 
-@pytest.fixture(params=[1, 2], ids=["alone", "workers"])
+@pytest.fixture(params=PROCESSES, ids=named)
 def machine(installed: Installation, request: pytest.FixtureRequest) -> Iterator[Installation]:
     installed.configure(_MODELS.replace("WORKERS", str(request.param)))
     yield installed

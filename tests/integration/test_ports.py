@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 from client import chat, get, post, stream
-from testbed import Installation
+from testbed import PROCESSES, Installation, named
 
 _ECHO = """
 import socketserver, sys
@@ -71,7 +71,7 @@ pytestmark = pytest.mark.timeout(120)
 _FILE = "/etc/mmd/mmd.yaml"
 
 
-@pytest.fixture(params=[1, 2], ids=["alone", "workers"])
+@pytest.fixture(params=PROCESSES, ids=named)
 def machine(installed: Installation, request: pytest.FixtureRequest) -> Iterator[Installation]:
     installed.write("/opt/ports/echo.py", _ECHO)
     installed.write("/opt/ports/web.py", _WEB)

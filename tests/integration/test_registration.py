@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 from client import chat, post, stream
-from testbed import Installation
+from testbed import PROCESSES, Installation, named
 
 _MAIN = """
 gateway: {workers: WORKERS, admin_auth: open}
@@ -25,7 +25,7 @@ _SIM = ("--engine", "sim", "--set", "sim={load_time: 300ms, tokens_per_second: 5
 _TCP = "http://127.0.0.1:8001"
 
 
-@pytest.fixture(scope="module", params=[1, 2], ids=["alone", "workers"])
+@pytest.fixture(scope="module", params=PROCESSES, ids=named)
 def machine(installed: Installation, request: pytest.FixtureRequest) -> Iterator[Installation]:
     installed.systemctl("stop", "mmd-gateway.service")
     installed.run("sh", "-c", "rm -f /var/lib/mmd/lessons.sqlite*")  # nothing is verified yet

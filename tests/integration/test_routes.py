@@ -17,7 +17,7 @@ import anthropic
 import openai
 import pytest
 from client import get, post
-from testbed import Installation
+from testbed import PROCESSES, Installation, named
 
 _MODELS = """
 gateway: {workers: WORKERS}
@@ -50,7 +50,7 @@ _GATEWAY = "mmd-gateway.service"
 _QUESTION: list[Any] = [{"role": "user", "content": "hello there"}]
 
 
-@pytest.fixture(scope="module", params=[1, 2], ids=["alone", "workers"])
+@pytest.fixture(scope="module", params=PROCESSES, ids=named)
 def machine(installed: Installation, request: pytest.FixtureRequest) -> Iterator[Installation]:
     installed.configure(_MODELS.replace("WORKERS", str(request.param)))
     yield installed

@@ -25,7 +25,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Self
 
-__all__ = ["CHECKOUT", "Testbed", "prepared_layer"]
+__all__ = ["CHECKOUT", "PROCESSES", "Installation", "Testbed", "named", "prepared_layer"]
 
 CHECKOUT = Path(__file__).resolve().parents[2]
 _TESTBED = CHECKOUT / "packaging" / "lib" / "testbed"
@@ -144,6 +144,15 @@ class Testbed:
         if done.returncode != 0:
             raise AssertionError(f"testbed {command}: {done.stderr}")
         return done.stdout
+
+
+PROCESSES = (1, 2) if os.environ.get("MMD_THOROUGH") else (2,)
+"""Of the gateway (gateway.workers), for modules that run once for each. Unit tests cover one process; a real systemd adds what
+lies between several. `tests/run --thorough` runs both."""
+
+
+def named(processes: int) -> str:
+    return "alone" if processes == 1 else "workers"
 
 
 class Installation(Testbed):

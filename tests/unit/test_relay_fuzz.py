@@ -19,7 +19,7 @@ from attacks import Attack, Ending, Request, attack, read_answers, read_requests
 from relay_gateway import OK, Running, Script, chat_bytes, engine, gateway, in_step, run, until
 
 _SEED = int(os.environ.get("MMD_FUZZ_SEED", "1"))
-_ATTACKS = int(os.environ.get("MMD_FUZZ_ATTACKS", "1000"))
+_ATTACKS = int(os.environ.get("MMD_FUZZ_ATTACKS", "500"))
 _LANES = 8
 _SILENCE_S = 0.04
 _PIECE_S = 0.001
