@@ -23,11 +23,11 @@ systemd_runs() {
     [[ -d /run/systemd/system ]]
 }
 
-# carried_environment: the names of the variables that downloads and tests need, one per line; they survive sudo and enter a
+# carried_environment: the names of the variables that downloads, builds and tests need, one per line; they survive sudo and enter a
 # private systemd, and nothing else does.
 carried_environment() {
     local download='PIP_.*|(https?|HTTPS?|no|NO|all|ALL)_(proxy|PROXY)|SSL_CERT_(FILE|DIR)|REQUESTS_CA_BUNDLE'
-    compgen -e | grep -E "^($download|MMD_TESTBED|MMD_VLLM_VENV)\$" || true
+    compgen -e | grep -E "^($download|MMD_COMPILE|MMD_TESTBED|MMD_VLLM_VENV)\$" || true
 }
 
 # as_root SCRIPT ARGS...: replaces this process by the same script run by root, when it is not root already.
