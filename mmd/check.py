@@ -14,6 +14,9 @@ Complaint = tuple[tuple[str | int, ...], str, str]
 
 _LIST_MAX = 12  # more names than that are no help in one line
 
+# Of one section: a name that is looked up among the known ones takes 0.1 ms, and a section may have 100,000 that are wrong.
+_COMPLAINTS_MAX = 100
+
 
 def read_section(section: Section, raw: Any, path: tuple[str | int, ...], complaints: list[Complaint]) -> dict[str, Any]:
     """The values in `raw` by key, subsections as mappings. What is wrong is left out and added to `complaints`."""
@@ -24,6 +27,8 @@ def read_section(section: Section, raw: Any, path: tuple[str | int, ...], compla
         return {}
     values: dict[str, Any] = {}
     for key, value in raw.items():
+        if len(complaints) >= _COMPLAINTS_MAX:
+            break
         entry = section.entries.get(key, section.others)
         where = (*path, key)
         if isinstance(entry, Setting):

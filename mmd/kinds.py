@@ -83,6 +83,10 @@ class Kind(NamedTuple):
     """The word that stands for None, where there is one."""
 
 
+# Characters of a wrong value that are shown.
+_SHOWN_MAX = 200
+
+
 def exactly(pattern: str) -> str:
     """`pattern` for the whole of a string; `$` would let a final newline pass in Python."""
     return rf"^(?:{pattern})(?![\s\S])"
@@ -102,6 +106,8 @@ def bad_value(value: object, noun: str, hint: str = "") -> BadValueError:
     if value is None:
         return BadValueError(f"has no value; it must be {noun}", hint)
     shown = str(value).lower() if isinstance(value, bool) else repr(value)
+    if len(shown) > _SHOWN_MAX:  # an error travels: into logs, answers and messages between processes
+        shown = f"{shown[:_SHOWN_MAX]}..."
     return BadValueError(f"{shown} is not {noun}", hint)
 
 

@@ -6,6 +6,7 @@ Uses PyYAML and the standard library only, without name service, network or subp
 """
 
 from collections.abc import Iterable, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,12 +22,16 @@ from mmd.rules import NamesTaken, applicable, check_gateway, check_gpus, check_m
 from mmd.scope import Scope
 from mmd.setting import Section
 from mmd.settings import TOP
-from mmd.yamlfile import Document, parse
+from mmd.yamlfile import BYTES_MAX, Document, parse
 
-__all__ = ["Loaded", "load", "load_files", "load_text", "read_files"]
+__all__ = ["Loaded", "load", "load_files", "load_text", "read_bounded", "read_files"]
 
 MODEL_KEYS = ("defaults", "profiles", "models")
 """The keys at the top whose values are made of model keys; a drop-in has `models` only."""
+
+
+_UNKNOWN_MAX = 100
+"""Unknown keys at a document's top that are told: for each a similar one is looked for."""
 
 
 class Loaded(NamedTuple):
@@ -48,7 +53,7 @@ def read_files(scope: Scope) -> tuple[list[tuple[Path, bytes]], list[Problem]]:
     files: list[tuple[Path, bytes]] = []
     for file in (scope.config_file, *_drop_ins(scope.config_dir / "models.d", problems)):
         try:
-            files.append((file, file.read_bytes()))
+            files.append((file, read_bounded(file)))
         except FileNotFoundError:
             hint = "copy the annotated default from mmd's documentation, see mmd.yaml(5)"
             problems.append(Problem(file, 0, "", "no such file", hint))
@@ -67,6 +72,12 @@ def load_files(files: Sequence[tuple[Path, str | bytes]], *, scope: Scope, probl
     loader = _Loader(scope, list(problems))
     loader.read([parse(text, file) for file, text in files])
     return loader.loaded()
+
+
+def read_bounded(file: Path) -> bytes:
+    """A file's content, or as much of it as tells that it is too large; OSError."""
+    with file.open("rb") as stream:
+        return stream.read(BYTES_MAX + 1)
 
 
 def is_drop_in(file: Path) -> bool:
@@ -147,11 +158,10 @@ class _Loader:
             self._problems.append(Problem(document.file, document.line(path), key, message, hint))
 
     def _unknown(self, document: Document, known: tuple[str, ...]) -> None:
-        for key in document.value:
-            if key not in known:
-                match = nearest(key, known)
-                hint = f"did you mean {match}?" if match else f"known: {', '.join(known)}"
-                self._complain(document, [((key,), "unknown key", hint)])
+        for key in islice((key for key in document.value if key not in known), _UNKNOWN_MAX):
+            match = nearest(key, known)
+            hint = f"did you mean {match}?" if match else f"known: {', '.join(known)}"
+            self._complain(document, [((key,), "unknown key", hint)])
 
     def _section(self, document: Document, section: Section) -> tuple[Any, list[Complaint]]:
         complaints: list[Complaint] = []

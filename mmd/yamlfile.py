@@ -2,8 +2,11 @@
 
 Differences from PyYAML's safe loader, all of them to keep what was written: a key given twice is an error; keys are strings;
 plain scalars follow YAML 1.2's core schema, so that `off`, `no`, `0022`, `12:30` and `2024-01-01` stay strings.
-Aliases and `<<` work as usual. It works on the nodes that libyaml composes, which costs less than PyYAML's constructor and
-keeps every line number for the case that there is something to complain about.
+Aliases and `<<` work as usual, within bounds: a few lines in which every list holds the one before it nine times stand for a
+billion values. What they stand for is counted before it is built, and a document that is too large is refused as a whole.
+
+It works on the nodes that libyaml composes, which costs less than PyYAML's constructor and keeps every line number for the case
+that there is something to complain about.
 """
 
 import re
@@ -16,7 +19,7 @@ from yaml._yaml import CParser
 
 from mmd.problem import Problem
 
-__all__ = ["Document", "dump", "parse"]
+__all__ = ["BYTES_MAX", "Document", "dump", "parse"]
 
 _INT = re.compile(r"-?(?:0|[1-9][0-9]*)")
 _FLOAT = re.compile(r"-?[0-9]+\.[0-9]*(?:[eE][-+]?[0-9]+)?|-?[0-9]+[eE][-+]?[0-9]+")
@@ -24,6 +27,19 @@ _WORDS = {"": None, "~": None, "null": None, "true": True, "false": False}
 _STRING = "str"
 _PLAIN = "plain"
 _MERGE = "<<"
+
+BYTES_MAX = 4 << 20
+"""The longest text: thousands of models. libyaml would take a hundred times as much memory for what is longer."""
+
+# Values in a document, each alias counted as all that it stands for. A model has 10 to 40, so this is several thousand models;
+# a node takes about 600 bytes, so it is 60 MB at most.
+_NODES_MAX = 100_000
+
+# Characters of all values, counted in the same way: one long text and many aliases of it are few nodes.
+_CHARACTERS_MAX = 8 << 20
+
+# More mistakes are not listed: each is looked up in the whole document, and nobody reads a thousand.
+_COMPLAINTS_MAX = 100
 
 
 class Document(NamedTuple):
@@ -34,12 +50,15 @@ class Document(NamedTuple):
     root: Node | None = None
     problems: tuple[tuple[tuple[str, ...], Problem], ...] = ()
     """What is wrong with it as YAML, by the path of the key."""
+    places: dict[int, dict[str, tuple[int, Node]]] | None = None
+    """By the id() of a mapping's node: the line and the node of each key's value, those that are merged last. Filled
+    as lines are asked for; a search per question would take a minute for 40,000 mistakes."""
 
     def line(self, path: tuple[str | int, ...]) -> int:
         """The line (from 1) of the key at `path`, or of the innermost part of the path that exists."""
         node, line = self.root, 1
         for part in path:
-            found = _child(node, part)
+            found = self._child(node, part)
             if found is None:
                 break
             line, node = found
@@ -47,7 +66,7 @@ class Document(NamedTuple):
 
     def lines(self, key: str) -> dict[str, int]:
         """The line of every key of the mapping at the top's `key`."""
-        found = _child(self.root, key)
+        found = self._child(self.root, key)
         if found is None or not isinstance(found[1], MappingNode):
             return {}
         pairs = reversed(found[1].value)  # of a key given twice the first counts
@@ -57,17 +76,28 @@ class Document(NamedTuple):
         """Whether there is a key at `path`."""
         node = self.root
         for part in path:
-            found = _child(node, part)
+            found = self._child(node, part)
             if found is None:
                 return False
             node = found[1]
         return True
 
+    def _child(self, node: Node | None, part: str | int) -> tuple[int, Node] | None:
+        """The line and the node of a mapping's key or a list's item."""
+        if isinstance(node, SequenceNode) and isinstance(part, int) and part < len(node.value):
+            item = node.value[part]
+            return item.start_mark.line + 1, item
+        if not isinstance(node, MappingNode) or not isinstance(part, str):
+            return None
+        return _children(node, {} if self.places is None else self.places).get(part)
+
 
 def parse(text: str | bytes, file: Path) -> Document:
-    """The document in `text`. After a syntax error its value is None and its one problem says where."""
+    """The document in `text`. After a syntax error, or when it is too large, its value is None and its one problem says why."""
     reader = _Reader()
     try:
+        if len(text) > BYTES_MAX:
+            raise _TooLargeError(f"longer than {BYTES_MAX >> 20} MiB")
         root = _Composer(text).get_single_node()
         if root is None:
             return Document(file, None)
@@ -77,19 +107,33 @@ def parse(text: str | bytes, file: Path) -> Document:
         message = getattr(error, "problem", None) or str(error).splitlines()[0]
         problem = Problem(file, mark.line + 1 if mark else 0, "", f"not valid YAML: {message}")
         return Document(file, None, problems=(((), problem),))
+    except _TooLargeError as error:
+        return Document(file, None, problems=(((), Problem(file, 0, "", f"too large: {error}")),))
     except RecursionError:
         return Document(file, None, problems=(((), Problem(file, 0, "", "not valid YAML: nested too deeply")),))
     problems = []
+    paths = _paths(root, {id(node) for node, _, _ in reader.complaints})
     for node, message, hint in reader.complaints:
-        path = _path(root, node)
+        path = paths.get(id(node), ())
         problems.append((path, Problem(file, node.start_mark.line + 1, ".".join(path), message, hint)))
-    return Document(file, value, root, tuple(problems))
+    return Document(file, value, root, tuple(problems), {})
+
+
+class _TooLargeError(Exception):
+    """The document holds, or its aliases stand for, more than is read."""
 
 
 class _Composer(CParser):
     """libyaml's parser; it asks these three methods what a scalar is, and all it needs to hear is whether it was quoted."""
 
+    def __init__(self, text: str | bytes) -> None:
+        super().__init__(text)
+        self._nodes = 0
+
     def resolve(self, kind: type[Node], value: str | None, implicit: Any) -> str:
+        self._nodes += 1
+        if self._nodes > _NODES_MAX:
+            raise _TooLargeError(f"more than {_NODES_MAX} values")
         return _PLAIN if kind is ScalarNode and implicit[0] else _STRING
 
     def descend_resolver(self, parent: Node | None, index: Any) -> None:
@@ -104,24 +148,39 @@ class _Reader:
 
     def __init__(self) -> None:
         self.complaints: list[tuple[Node, str, str]] = []
-        self._done: dict[int, Any] = {}  # by node: an alias is read once, and finding itself inside itself is an error
+        self._done: dict[int, tuple[Any, int, int]] = {}
+        """By node, with how many nodes and characters it stands for: an alias is read once."""
         self._open: set[int] = set()
+        """Finding itself inside itself is an error."""
+        self._nodes = 0
+        self._characters = 0
 
     def read(self, node: Node) -> Any:
         if isinstance(node, ScalarNode):
+            self._count(1, len(node.value))
             return self._scalar(node)
         if node.tag is not _STRING:
             return self._complain(node, f"the tag {node.tag} is not supported")
         identity = id(node)
         if identity in self._done:
-            return self._done[identity]
+            value, nodes, characters = self._done[identity]
+            self._count(nodes, characters)
+            return value
         if identity in self._open:
             return self._complain(node, "an alias inside of what it stands for")
         self._open.add(identity)
+        before = self._nodes, self._characters
+        self._count(1, 0)
         value = self._mapping(node) if isinstance(node, MappingNode) else [self.read(item) for item in node.value]
         self._open.discard(identity)
-        self._done[identity] = value
+        self._done[identity] = value, self._nodes - before[0], self._characters - before[1]
         return value
+
+    def _count(self, nodes: int, characters: int) -> None:
+        self._nodes += nodes
+        self._characters += characters
+        if self._nodes > _NODES_MAX or self._characters > _CHARACTERS_MAX:
+            raise _TooLargeError(f"its aliases stand for more than {_NODES_MAX} values or {_CHARACTERS_MAX >> 20} MiB")
 
     def _scalar(self, node: ScalarNode) -> Any:
         text: str = node.value
@@ -143,9 +202,9 @@ class _Reader:
             elif key_node.tag is not _STRING and not isinstance(self._scalar(key_node), str):
                 self._complain(key_node, "a key must be a string", f'write "{key}"')
             elif key in values:
-                first = next(other for other, _ in node.value if other.value == key)
-                self._complain(key_node, f"given twice, first in line {first.start_mark.line + 1}")
+                self._complain_of_copy(node, key_node)
             else:
+                self._characters += len(key)
                 values[key] = self.read(value_node)
         for source in merged:
             self._merge(values, source)
@@ -160,18 +219,25 @@ class _Reader:
             else:
                 self._complain(node, "must be a mapping or a list of mappings")
 
+    def _complain_of_copy(self, mapping: MappingNode, key_node: ScalarNode) -> None:
+        if len(self.complaints) < _COMPLAINTS_MAX:
+            first = next(other for other, _ in mapping.value if other.value == key_node.value)
+            self._complain(key_node, f"given twice, first in line {first.start_mark.line + 1}")
+
     def _complain(self, node: Node, message: str, hint: str = "") -> None:
-        self.complaints.append((node, message, hint))
+        if len(self.complaints) < _COMPLAINTS_MAX:
+            self.complaints.append((node, message, hint))
 
 
-def _path(root: Node, wanted: Node) -> tuple[str, ...]:
-    """The path of a node, found by looking everywhere: only needed for what is wrong."""
-    stack: list[tuple[Node, tuple[str, ...]]] = [(root, ())]
+def _paths(root: Node, wanted: set[int]) -> dict[int, tuple[str, ...]]:
+    """The paths of nodes, by id(), found by looking everywhere: only needed for what is wrong."""
+    paths: dict[int, tuple[str, ...]] = {}
+    stack: list[tuple[Node, tuple[str, ...]]] = [(root, ())] if wanted else []
     seen: set[int] = set()
     while stack:
         node, path = stack.pop()
-        if node is wanted:
-            return path
+        if id(node) in wanted:
+            paths.setdefault(id(node), path)
         if isinstance(node, ScalarNode) or id(node) in seen:
             continue
         seen.add(id(node))
@@ -181,7 +247,7 @@ def _path(root: Node, wanted: Node) -> tuple[str, ...]:
                 stack += [(key, below), (value, below)]
         else:
             stack += [(item, (*path, str(index))) for index, item in enumerate(node.value)]
-    return ()
+    return paths
 
 
 def _plain_value(text: str) -> Any:
@@ -196,23 +262,24 @@ def _plain_value(text: str) -> Any:
     return text
 
 
-def _child(node: Node | None, part: str | int) -> tuple[int, Node] | None:
-    """The line and the node of a mapping's key or a list's item."""
-    if isinstance(node, SequenceNode) and isinstance(part, int) and part < len(node.value):
-        item = node.value[part]
-        return item.start_mark.line + 1, item
-    if not isinstance(node, MappingNode):
-        return None
+def _children(node: MappingNode, places: dict[int, dict[str, tuple[int, Node]]]) -> dict[str, tuple[int, Node]]:
+    known = places.get(id(node))
+    if known is not None:
+        return known
+    found: dict[str, tuple[int, Node]] = {}
+    places[id(node)] = found  # before what is merged: a mapping may be merged into itself
+    merged: list[Node] = []
     for key_node, value_node in node.value:
-        if isinstance(key_node, ScalarNode) and key_node.value == part:
-            return key_node.start_mark.line + 1, value_node
-    for key_node, value_node in node.value:
-        if isinstance(key_node, ScalarNode) and key_node.value == _MERGE and key_node.tag is not _STRING:
-            for source in value_node.value if isinstance(value_node, SequenceNode) else [value_node]:
-                found = _child(source, part)
-                if found is not None:
-                    return found
-    return None
+        if isinstance(key_node, ScalarNode):
+            if key_node.value == _MERGE and key_node.tag is not _STRING:
+                merged += value_node.value if isinstance(value_node, SequenceNode) else [value_node]
+            else:
+                found.setdefault(key_node.value, (key_node.start_mark.line + 1, value_node))
+    for source in merged:
+        if isinstance(source, MappingNode):
+            for key, place in _children(source, places).items():
+                found.setdefault(key, place)
+    return found
 
 
 def dump(value: Any) -> str:

@@ -9,7 +9,7 @@ from mmd.build import render
 from mmd.config import Config
 from mmd.ctl.context import Context
 from mmd.ctl.exits import Exit
-from mmd.load import Loaded, load, load_files
+from mmd.load import Loaded, load, load_files, read_bounded
 from mmd.problem import Problem
 from mmd.schema import validate
 from mmd.scope import Scope
@@ -58,7 +58,7 @@ def read(scope: Scope, path: Path | None = None) -> Loaded:
         whole = read(scope, path.parent.parent)
         return whole._replace(problems=tuple(each for each in whole.problems if each.file == path))
     try:
-        loaded = load_files([(path, path.read_bytes())], scope=scope)
+        loaded = load_files([(path, read_bounded(path))], scope=scope)
     except OSError as error:
         return Loaded(Config(), (Problem(path, 0, "", f"cannot be read: {error.strerror}"),))
     return _examine(loaded, scope, [path])
@@ -67,7 +67,7 @@ def read(scope: Scope, path: Path | None = None) -> Loaded:
 def _examine(loaded: Loaded, scope: Scope, files: Sequence[Path]) -> Loaded:
     """With the models added whose units cannot be made; and if the loader has no objection at all, with jsonschema's."""
     units = render_units(loaded.config, scope=scope, bin_dir=str(Path(sys.executable).parent))
-    by_schema = () if loaded.problems else (each for file in files for each in validate(parse(file.read_bytes(), file)))
+    by_schema = () if loaded.problems else (each for file in files for each in validate(parse(read_bounded(file), file)))
     return loaded._replace(problems=(*loaded.problems, *units.problems, *by_schema))
 
 

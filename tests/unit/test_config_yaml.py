@@ -1,10 +1,13 @@
 """The strict YAML reader."""
 
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from mmd.load import load_text
 from mmd.yamlfile import dump, parse
 
 FILE = Path("/etc/mmd/mmd.yaml")
@@ -75,3 +78,67 @@ def test_lines() -> None:
 )
 def test_dump_reads_back(text: str) -> None:
     assert parse(dump({"k": text, "l": [text]}), FILE).value == {"k": text, "l": [text]}
+
+
+def bomb(levels: int) -> str:
+    """Each list holds the one before it nine times."""
+    lists = "".join(f"x{level + 1}: &x{level + 1} [{', '.join([f'*x{level}'] * 9)}]\n" for level in range(levels))
+    return f"x0: &x0 [x, x, x, x, x, x, x, x, x]\n{lists}"
+
+
+LARGE = {
+    "aliases of aliases": bomb(8),
+    "aliases of a long text": f"a: &a {'x' * 1_000_000}\nb: [{', '.join(['*a'] * 20)}]\n",
+    "aliases that are merged": f"a: &a {{{', '.join(f'k{i}: v' for i in range(500))}}}\nb: [{', '.join(['{<<: *a}'] * 500)}]",
+    "values": "[" + "a," * 200_000 + "]",
+    "bytes": "a: " + "x" * (4 << 20),
+}
+
+
+@pytest.mark.parametrize("text", LARGE.values(), ids=LARGE)
+def test_what_stands_for_too_much_is_refused_as_a_whole(text: str) -> None:
+    document = parse(text, FILE)
+    assert document.value is None
+    assert ": too large: " in problems(text)[0]
+
+
+def test_aliases_in_use_stay_within_the_bounds() -> None:
+    defaults = "d: &d {engine: sim, vram: 1GiB, idle: {stop_after: 4h}}\n"
+    document = parse(defaults + "models:\n" + "".join(f"  m{i}: {{<<: *d, id: i{i}}}\n" for i in range(2000)), FILE)
+    assert document.problems == ()
+    assert document.value["models"]["m1999"] == {"id": "i1999", "engine": "sim", "vram": "1GiB", "idle": {"stop_after": "4h"}}
+
+
+_MEASURE = """
+import resource, sys
+from mmd.load import load_text
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+loaded = load_text(sys.stdin.buffer.read())
+print(len(loaded.problems), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+"""
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        bomb(7) + "models: {m: {description: *x7}}",
+        bomb(7) + "gateway: {listen: *x7}",
+        "models: {m: {description: " + "[" * 400 + "]" * 400 + "}}",
+        "models: {m: {description: [" + "x," * 90_000 + "]}}",
+        "models: {m: {" + ", ".join(f"k{i}: 1" for i in range(40_000)) + "}}",
+    ],
+    ids=["aliases as a text", "aliases as a list", "depth", "a list in the place of a text", "unknown keys"],
+)
+def test_a_hostile_configuration_takes_little_memory(text: str) -> None:
+    """387 bytes took 770 MiB."""
+    done = subprocess.run([sys.executable, "-c", _MEASURE], input=text.encode(), capture_output=True, check=True, timeout=50)
+    problems, kib = map(int, done.stdout.split())
+    assert problems > 0
+    assert kib < 128 << 10
+
+
+def test_of_many_mistakes_the_first_are_told() -> None:
+    assert len(problems("m: {" + "k: 1, " * 30_000 + "}")) == 100
+    messages = [str(problem) for problem in load_text("models: {m: {description: [" + "x," * 10_000 + "]}}").problems]
+    assert len(messages) == 1
+    assert len(messages[0]) < 500

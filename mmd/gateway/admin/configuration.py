@@ -5,7 +5,9 @@ those who are served.
 """
 
 import asyncio
+import contextlib
 import os
+import resource
 import sys
 from asyncio.subprocess import DEVNULL, PIPE, Process
 from collections.abc import Awaitable, Callable
@@ -29,6 +31,8 @@ __all__ = ["ConfigurationRoutes"]
 _CHECK: Final = (sys.executable, "-I", "-m", "mmd.ctl.main")
 _CHECK_WITHIN_S: Final = 20.0
 _CHECKS_MAX: Final = 2
+_CHECK_BYTES: Final = 512 << 20
+"""Address space of a check, several times what the largest configuration takes (mmd.yamlfile)."""
 _YAML: Final = ("application/yaml", "text/plain", "application/json")
 _HIDDEN: Final = "(hidden)"
 
@@ -109,6 +113,8 @@ class ConfigurationRoutes:
         files = [f"/proc/self/fd/{fd}" for fd in fds]
         words = (*_CHECK, *user, "check", "--json", *files)
         process = await asyncio.create_subprocess_exec(*words, stdin=DEVNULL, stdout=PIPE, stderr=DEVNULL, pass_fds=fds)
+        with contextlib.suppress(OSError):  # it has ended already
+            resource.prlimit(process.pid, resource.RLIMIT_AS, (_CHECK_BYTES, _CHECK_BYTES))
         text = await _output(process)
         try:
             checked = msgspec.json.decode(text, type=Checked)
