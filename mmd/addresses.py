@@ -18,6 +18,11 @@ class Address(NamedTuple):
     host: str
     port: int = 0
 
+    @property
+    def is_local(self) -> bool:
+        """Whether only this machine reaches it: a Unix socket, or an address of loopback."""
+        return self.port == 0 or self.host.startswith("127.") or self.host == "::1"
+
     def clashes(self, other: "Address") -> bool:
         """Whether nobody can listen on both."""
         if self.port == 0 or other.port == 0:

@@ -71,6 +71,8 @@ class Checked:
     gpus: int
     """Those that it declares."""
     problems: tuple[WrongSetting, ...] = ()
+    warnings: tuple[WrongSetting, ...] = ()
+    """What is permitted and probably not meant; those that API keys do away with are listed in any case."""
 
 
 @dataclass(frozen=True, slots=True)

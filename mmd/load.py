@@ -15,6 +15,7 @@ from mmd.build import make_model, make_section, merge
 from mmd.check import Complaint, nearest, read_section
 from mmd.config import Config, EngineKind, Gateway, Gpus, Model, Policy, Resources
 from mmd.errors import MmdError
+from mmd.exposure import Exposure, gateway_exposures, port_exposure
 from mmd.kinds import NAME, BadValueError
 from mmd.model_settings import DEFAULTS, MODEL, PROFILE
 from mmd.problem import Problem
@@ -39,6 +40,14 @@ class Loaded(NamedTuple):
 
     config: Config
     problems: tuple[Problem, ...] = ()
+    warnings: tuple[Problem, ...] = ()
+    """What is permitted and probably not meant."""
+    open_without_keys: tuple[Problem, ...] = ()
+    """Warnings as well, but only while there are no API keys."""
+
+    def warnings_where(self, *, keys_asked_for: bool) -> tuple[Problem, ...]:
+        """All warnings that hold, with API keys or without."""
+        return self.warnings if keys_asked_for else (*self.open_without_keys, *self.warnings)
 
 
 def load(scope: Scope) -> Loaded:
@@ -129,6 +138,8 @@ class _Loader:
         self._main: Document | None = None
         self._drafts: dict[str, _Draft] = {}
         self._models: dict[str, Model] = {}
+        self._exposed: list[Problem] = []
+        self._exposed_for_good: list[Problem] = []
 
     def read(self, documents: Sequence[Document]) -> None:
         for document in documents:
@@ -150,12 +161,26 @@ class _Loader:
 
     def loaded(self) -> Loaded:
         problems = sorted(self._problems, key=lambda problem: (self._order.get(problem.file, -1), problem.line))
-        return Loaded(Config(**self._top, models=self._models), tuple(problems))
+        config = Config(**self._top, models=self._models)
+        return Loaded(config, tuple(problems), tuple(self._exposed_for_good), tuple(self._exposed))
+
+    def _look_for_exposures(self) -> None:
+        """What other machines reach."""
+        for exposure in gateway_exposures(self._top["gateway"]):
+            if self._main is not None:
+                self._note(exposure, self._problem(self._main, *exposure.complaint))
+        for model in self._models.values():
+            if (exposure_of_port := port_exposure(model)) is not None:
+                self._note(exposure_of_port, self._problem_of(self._drafts[model.name], *exposure_of_port.complaint))
+
+    def _note(self, exposure: Exposure, problem: Problem) -> None:
+        (self._exposed if exposure.closed_by_keys else self._exposed_for_good).append(problem)
 
     def _complain(self, document: Document, complaints: Iterable[Complaint]) -> None:
-        for path, message, hint in complaints:
-            key = ".".join(map(str, path))
-            self._problems.append(Problem(document.file, document.line(path), key, message, hint))
+        self._problems += (self._problem(document, *complaint) for complaint in complaints)
+
+    def _problem(self, document: Document, path: tuple[str | int, ...], message: str, hint: str) -> Problem:
+        return Problem(document.file, document.line(path), ".".join(map(str, path)), message, hint)
 
     def _unknown(self, document: Document, known: tuple[str, ...]) -> None:
         for key in islice((key for key in document.value if key not in known), _UNKNOWN_MAX):
@@ -242,6 +267,7 @@ class _Loader:
                 taken.add(model)
                 ports.add(model)
                 self._models[model.name] = model
+        self._look_for_exposures()
 
     def _merge(self, draft: _Draft) -> Model | None:
         """The model with its layers merged; None when they cannot be."""
@@ -267,11 +293,13 @@ class _Loader:
 
     def _complain_of(self, draft: _Draft, complaints: Iterable[Complaint]) -> None:
         """Complaints about a model, placed where the key is written: in the model, its profile, or the defaults."""
-        for path, message, hint in complaints:
-            full = ("models", draft.name, *path)
-            layers = [(draft.document, full)]
-            if self._main is not None:
-                profile = draft.values.get("profile", self._defaults.get("profile", ""))
-                layers += [(self._main, ("profiles", profile, *path)), (self._main, ("defaults", *path))]
-            document, where = next((layer for layer in layers if layer[0].has(layer[1])), layers[0])
-            self._problems.append(Problem(document.file, document.line(where), ".".join(map(str, full)), message, hint))
+        self._problems += (self._problem_of(draft, *complaint) for complaint in complaints)
+
+    def _problem_of(self, draft: _Draft, path: tuple[str | int, ...], message: str, hint: str) -> Problem:
+        full = ("models", draft.name, *path)
+        layers = [(draft.document, full)]
+        if self._main is not None:
+            profile = draft.values.get("profile", self._defaults.get("profile", ""))
+            layers += [(self._main, ("profiles", profile, *path)), (self._main, ("defaults", *path))]
+        document, where = next((layer for layer in layers if layer[0].has(layer[1])), layers[0])
+        return Problem(document.file, document.line(where), ".".join(map(str, full)), message, hint)

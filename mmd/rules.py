@@ -1,11 +1,12 @@
 """What a schema cannot say of a configuration: rules between keys, between models, and between a model and its machine."""
 
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
+from mmd.addresses import parse_address
 from mmd.check import Complaint, nearest
-from mmd.config import Device, EngineKind, Gateway, Gauge, Gpus, Listen, Model, PortProtocol, Provider, Resources
+from mmd.config import AdminAuth, Device, EngineKind, Gateway, Gauge, Gpus, Listen, Model, PortProtocol, Provider, Resources
 from mmd.model_settings import MODEL
 from mmd.names import Placement, UnitName, slice_index
 from mmd.scope import Scope
@@ -163,7 +164,18 @@ def check_gateway(gateway: Gateway, complaints: list[Complaint]) -> Gateway:
     if not _HEAD_MIN_BYTES <= gateway.max_head_bytes <= _HEAD_MAX_BYTES:
         complaints.append((("max_head",), "must be from 4KiB to 1MiB", "32KiB is the default"))
         gateway = gateway._replace(max_head_bytes=Gateway().max_head_bytes)
+    gateway = gateway._replace(admin_auth=_admin_auth(gateway, kept["admin_listen"], complaints))
     return gateway._replace(listen=tuple(kept["listen"]) or Gateway().listen, admin_listen=tuple(kept["admin_listen"]))
+
+
+def _admin_auth(gateway: Gateway, admin_listen: Iterable[str], complaints: list[Complaint]) -> AdminAuth:
+    """Not `open` where other machines reach the admin API: who may add models there runs programs here."""
+    reached = [address for address in admin_listen if not parse_address(address).is_local]
+    if gateway.admin_auth is not AdminAuth.OPEN or not reached:
+        return gateway.admin_auth
+    message = f"open is for loopback only, and other machines reach gateway.admin_listen, {reached[0]}"
+    complaints.append((("admin_auth",), message, "leave it out, and make a key: mmdctl keys add NAME --scope admin"))
+    return Gateway().admin_auth
 
 
 def check_gpus(gpus: Gpus, complaints: list[Complaint]) -> Gpus:

@@ -4,11 +4,14 @@ import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from mmd.build import render
 from mmd.config import Config
 from mmd.ctl.context import Context
 from mmd.ctl.exits import Exit
+from mmd.errors import MmdError
+from mmd.keys import KEYS_FILE, KeyRing
 from mmd.load import Loaded, load, load_files, read_bounded
 from mmd.problem import Problem
 from mmd.schema import validate
@@ -23,15 +26,37 @@ def check(context: Context, path: Path | None, *, quiet: bool, as_json: bool) ->
     """Prints what is wrong with the installed configuration, or with the file or directory `path`; FAILED when something is."""
     loaded = read(context.scope, path)
     problems = loaded.problems
+    keys_asked_for = _keys_asked_for(context.scope)
+    warnings = loaded.warnings_where(keys_asked_for=keys_asked_for is True)
     if as_json:
-        entries = [{**problem._asdict(), "file": str(problem.file)} for problem in problems]
         counts = {"models": len(loaded.config.models), "gpus": len(loaded.config.gpus.devices)}
-        print(json.dumps({"ok": not problems, **counts, "problems": entries}, indent=2))
+        print(json.dumps({"ok": not problems, **counts, "problems": _plain(problems), "warnings": _plain(warnings)}, indent=2))
     elif problems:
         print("\n".join(map(str, problems)))
     elif not quiet:
         print(_summary(loaded.config))
+    if not as_json and not quiet:
+        for warning in warnings:
+            print(f"warning: {warning}", file=sys.stderr)
+        if loaded.open_without_keys and keys_asked_for is None:
+            print("warning: whether there are API keys can only root see: sudo mmdctl check", file=sys.stderr)
     return Exit.FAILED if problems else Exit.OK
+
+
+def _plain(problems: Sequence[Problem]) -> list[dict[str, Any]]:
+    return [{**problem._asdict(), "file": str(problem.file)} for problem in problems]
+
+
+def _keys_asked_for(scope: Scope) -> bool | None:
+    """Whether the gateway asks for API keys; None when the file cannot be read, and nothing is known of it."""
+    try:
+        return KeyRing.parse(read_bounded(scope.config_dir / KEYS_FILE)).required
+    except FileNotFoundError:
+        return False
+    except OSError:
+        return None
+    except MmdError:
+        return True  # the gateway refuses everybody then
 
 
 def config(context: Context, *, as_json: bool) -> Exit:

@@ -173,7 +173,9 @@ class Daemon:
     def _use(self, loaded: Loaded) -> None:
         for problem in loaded.problems:
             _log.error("%s", problem)
-        self.snapshot.problems = tuple(map(str, loaded.problems))
+        self.snapshot.problems, self.snapshot.loaded = tuple(map(str, loaded.problems)), loaded
+        for warning in self.snapshot.warnings:
+            _log.warning("%s", warning)
         self.dispatcher.reconfigure(loaded.config, _definitions(loaded.config), host_ram_bytes(loaded.config))
 
     def _use_pins(self) -> None:

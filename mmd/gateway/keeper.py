@@ -87,7 +87,7 @@ class Keeper:
 
     def _use(self, ring: KeyRing, problems: tuple[str, ...]) -> None:
         self._access.use(ring)
-        self._snapshot.key_problems = problems
+        self._snapshot.key_problems, self._snapshot.keys_asked_for = problems, ring.required
         for problem in problems:
             _log.error("%s", problem)
         if ring.required:

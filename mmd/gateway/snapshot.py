@@ -6,13 +6,14 @@ import time
 from collections.abc import Iterator
 
 from mmd import __version__
-from mmd.config import Model
+from mmd.config import Config, Model
 from mmd.gateway.dispatcher import Dispatcher
 from mmd.gateway.gauges import Gauges
 from mmd.gateway.memory import Memory
 from mmd.gateway.outcome import held_bytes
 from mmd.gateway.reckoning import reckoning
 from mmd.gateway.stage import instance_state, model_state
+from mmd.load import Loaded
 from mmd.names import UnitName
 from mmd.policy.events import Phase
 from mmd.policy.instance import Instance
@@ -39,7 +40,15 @@ class Snapshot:
         self.reloaded: float | None = None
         self.problems: tuple[str, ...] = ()
         self.key_problems: tuple[str, ...] = ()
+        self.keys_asked_for = False
+        self.loaded = Loaded(Config())
+        """The configuration in use, for its warnings."""
         self.systemd = "connected"
+
+    @property
+    def warnings(self) -> tuple[str, ...]:
+        """What the configuration in use permits, and is probably not meant."""
+        return tuple(map(str, self.loaded.warnings_where(keys_asked_for=self.keys_asked_for)))
 
     def status(self) -> Status:
         self._dispatcher.survey()
@@ -62,7 +71,7 @@ class Snapshot:
             workers=self.workers,
             systemd=self.systemd,
             reloaded=self.reloaded,
-            problems=self.problems + self.key_problems,
+            problems=self.problems + self.key_problems + self.warnings,
             gpu_problem=self._memory.problem,
         )
 

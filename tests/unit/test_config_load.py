@@ -230,6 +230,31 @@ def test_a_bad_value_falls_back_to_its_default() -> None:
     assert len(loaded.problems) == 2
 
 
+@pytest.mark.parametrize(
+    ("address", "exposed"),
+    [
+        *(
+            (address, 0)
+            for address in ("127.0.0.1:1", "127.9.9.9:1", "[::1]:1", "[0:0::0:1]:1", "localhost:1", "/run/mmd/x.sock")
+        ),
+        *((address, 1) for address in ("0.0.0.0:1", "[::]:1", "192.0.2.1:1", "[::ffff:127.0.0.1]:1", "[2001:db8::1]:1")),
+    ],
+)
+def test_what_other_machines_reach(address: str, exposed: int) -> None:
+    loaded = load_text(f"gateway: {{listen: ['{address}'], admin_listen: []}}", file=FILE)
+    assert loaded.problems == ()
+    assert len(loaded.warnings_where(keys_asked_for=False)) == exposed
+    assert loaded.warnings_where(keys_asked_for=True) == ()
+
+
+def test_an_open_admin_api_is_for_loopback() -> None:
+    loaded = load_text("gateway:\n  admin_listen: ['127.0.0.1:1', '[::]:2']\n  admin_auth: open\n", file=FILE)
+    (problem,) = loaded.problems
+    assert (problem.line, problem.key) == (3, "gateway.admin_auth")
+    assert loaded.config.gateway.admin_auth is Gateway().admin_auth
+    assert problems("gateway: {admin_listen: ['127.0.0.1:1'], admin_auth: open}") == []
+
+
 def test_several_files(tmp_path: Path) -> None:
     (tmp_path / "mmd.yaml").write_text("defaults: {gpus: 0}\nmodels:\n  a:\n")
     folder = tmp_path / "models.d"

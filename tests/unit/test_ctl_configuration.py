@@ -103,7 +103,33 @@ def test_check_says_that_it_is_right(machine: Machine) -> None:
     assert machine.run("check").stdout == "ok: 1 model, 1 GPU\n"
     quiet = machine.run("check", "--quiet")
     assert (quiet.returncode, quiet.stdout, quiet.stderr) == (0, "", "")
-    assert json.loads(machine.run("check", "--json").stdout) == {"ok": True, "models": 1, "gpus": 1, "problems": []}
+    found = json.loads(machine.run("check", "--json").stdout)
+    assert found == {"ok": True, "models": 1, "gpus": 1, "problems": [], "warnings": []}
+
+
+def test_check_warns_of_what_other_machines_reach_without_a_key(machine: Machine) -> None:
+    (machine.config_dir / "mmd.yaml").write_text(
+        "gateway:\n  listen: ['0.0.0.0:8000']\n"
+        "models:\n  m: {engine: sim, gpus: 0, port: '[::]:9000'}\n"
+        "  raw: {engine: sim, gpus: 0, port: '192.0.2.1:9001', port_protocol: tcp}\n"
+    )
+    result = machine.run("check")
+    assert result.returncode == 0
+    assert [line.split(": ")[2] for line in result.stderr.splitlines()] == [
+        "gateway.listen.0",
+        "models.m.port",
+        "models.raw.port",
+    ]
+    assert "mmdctl keys add" in result.stderr
+    assert len(json.loads(machine.run("check", "--json").stdout)["warnings"]) == 3
+    assert machine.run("check", "--quiet").stderr == ""
+
+    assert machine.run("keys", "add", "laptop").returncode == 0
+    with_keys = machine.run("check")
+    assert (with_keys.returncode, len(with_keys.stderr.splitlines())) == (0, 1)
+    assert ": models.raw.port: " in with_keys.stderr  # where no key is ever asked for
+    (machine.config_dir / "api-keys.yaml").write_text("neither: [this nor that")  # the gateway lets nobody in then
+    assert len(machine.run("check").stderr.splitlines()) == 1
 
 
 def test_check_names_file_line_and_key(machine: Machine, tmp_path: Path) -> None:

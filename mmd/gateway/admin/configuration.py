@@ -122,7 +122,10 @@ class ConfigurationRoutes:
             raise ApiError(503, "the check ended without a result", code="check_failed", retry_after_s=1) from error
         if memory is None:
             return checked
-        return replace(checked, problems=tuple(replace(problem, file="mmd.yaml") for problem in checked.problems))
+        problems, warnings = (
+            tuple(replace(each, file="mmd.yaml") for each in found) for found in (checked.problems, checked.warnings)
+        )
+        return replace(checked, problems=problems, warnings=warnings)
 
 
 async def _output(process: Process) -> bytes:
