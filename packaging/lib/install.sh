@@ -5,47 +5,7 @@
 
 home=/usr/lib/mmd
 manifest=$home.manifest # beside, since $home is exchanged as a whole
-
-# source_fingerprint: changes when the installed environment would.
-source_fingerprint() {
-    (
-        cd "$checkout"
-        {
-            /usr/bin/python3 --version
-            find mmd pyproject.toml setup.py -type f ! -name '*.pyc' -print0 | LC_ALL=C sort -z | xargs -0 sha256sum
-        } | sha256sum | cut -c1-16
-    )
-}
-
-# install_environment: the virtual environment in $home, not editable. The new one is made beside the old and the two are
-# exchanged in one step, so that a model that starts meanwhile finds a whole one.
-install_environment() {
-    local fingerprint new=$home.new
-    fingerprint=$(source_fingerprint)
-    if [[ $(cat "$home/fingerprint" 2>/dev/null) == "$fingerprint" ]]; then
-        remark unchanged
-        return
-    fi
-    rm -rf "$new"
-    if "$home/bin/python" -c 'import pip' 2>/dev/null; then
-        cp -a "$home" "$new"
-        remark upgraded
-    else
-        /usr/bin/python3 -m venv --prompt mmd "$new"
-        remark installed
-    fi
-    mkdir "$work/source" # setuptools writes where it builds
-    (cd "$checkout" && cp -R mmd pyproject.toml setup.py README.md LICENSE "$work/source")
-    "$new/bin/python" -m pip install --no-input --disable-pip-version-check --no-compile --upgrade "$work/source"
-    grep --recursive --files-with-matches --binary-files=without-match --null -F "$new" "$new/bin" "$new/pyvenv.cfg" |
-        xargs --null --no-run-if-empty sed -i "s,$new,$home,g"
-    # The generator runs with -B: it would compile its modules at each boot.
-    "$new/bin/python" -m compileall -q -s "$new" -p "$home" "$new/lib"
-    printf '%s\n' "$fingerprint" >"$new/fingerprint"
-    exchange "$new" "$home"
-    rm -rf "$new"
-    touch "$work/gateway-changed"
-}
+downloads=/var/cache/mmd-downloads # what packaging/locks names: ./environment.sh
 
 # exchange NEW OLD: renameat2(2); coreutils of Debian 12 has no command for it.
 exchange() {
@@ -196,7 +156,7 @@ stop_everything() {
 
 remove_files() {
     [[ ! -f $manifest ]] || xargs -d '\n' rm -f <"$manifest"
-    rm -rf "$home" "$home.new" "$manifest" /usr/share/doc/mmd
+    rm -rf "$home" "$home.new" "$manifest" "$downloads" /usr/share/doc/mmd
     rm -rf /run/mmd /run/mmd-model /run/mmd-sim /run/mmd-gateway
     systemctl daemon-reload
     systemctl reset-failed 'mmd*' 2>/dev/null || true

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import socket
 import subprocess
 import urllib.request
@@ -10,7 +11,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import pytest
-from testbed import CHECKOUT, Installation, Testbed, prepared_layer
+from testbed import CHECKOUT, Installation, Testbed, downloads_layer, prepared_layer
 
 UP, DOWN, ENTER = (CHECKOUT / "packaging" / name for name in ("up", "down", "enter"))
 DEMO = CHECKOUT / "config" / "examples" / "demo.yaml"
@@ -104,6 +105,81 @@ def test_nothing_installed_depends_on_the_checkout(installed: Installation) -> N
         found = installed.run("grep", "-rlF", "--include=*mmd*", f"{CHECKOUT}/", place, check=False)
         assert found.stdout == ""
     assert "/usr/lib/mmd.new" not in installed.read("/usr/lib/mmd/bin/mmdctl")
+
+
+@pytest.fixture(scope="module")
+def changeable(root_only: None) -> Iterator[Installation]:
+    """An installation beside a copy of the checkout, /root/mmd, and what packaging/up once downloaded. It has no network."""
+    prepared_layer()
+    with Installation(layers=[downloads_layer()]) as installation:
+        installation.run("mkdir", "/root/mmd")
+        for name in ("mmd", "packaging", "units", "config", "man", "pyproject.toml", "setup.py", "README.md", "LICENSE"):
+            installation.run("cp", "-R", CHECKOUT / name, "/root/mmd")
+        yield installation
+
+
+def up_of_the_copy(installation: Installation, **environment: str) -> subprocess.CompletedProcess[str]:
+    environment = {"MMD_COMPILE": "0", **environment}
+    return installation.run("/root/mmd/packaging/up", "--no-request", check=False, timeout_s=110, env=environment)
+
+
+_PROBE = """
+import os, pathlib
+interfaces = [line.split(":")[0].strip() for line in pathlib.Path("/proc/net/dev").read_text().splitlines()[2:]]
+roots = ("/usr/lib/mmd.new", "/etc", "/usr/lib/mmd", "/var/cache/mmd-downloads")
+writable = [path for path in roots if os.access(path, os.W_OK)]
+pathlib.Path("mmd/probe.py").write_text(f"FOUND = {os.getuid()}, {interfaces}, {writable}, {sorted(os.environ)}\\n")
+"""
+
+
+def test_what_builds_is_neither_root_nor_online(changeable: Installation) -> None:
+    """setup.py records who executes it, and with what: in a module, which is then installed."""
+    setup = changeable.read("/root/mmd/setup.py")
+    changeable.write("/root/mmd/setup.py", setup + _PROBE)
+    done = up_of_the_copy(changeable, PIP_INDEX_URL="http://user:secret@127.0.0.1:9/simple")
+    changeable.write("/root/mmd/setup.py", setup)
+    assert done.returncode == 0, done.stdout
+    found = changeable.run(
+        "/usr/lib/mmd/bin/python", "-Ic", "import json, mmd.probe; print(json.dumps(mmd.probe.FOUND))"
+    ).stdout
+    uid, interfaces, writable, environment = json.loads(found)
+    assert uid >= 61184, "of DynamicUser=, systemd.exec(5)"
+    assert interfaces == ["lo"]
+    assert writable == []
+    assert "MMD_COMPILE" in environment
+    for path in ("/var/cache/mmd-build", "/var/cache/private/mmd-build", "/usr/lib/mmd.new", "/usr/lib/mmd/input"):
+        assert not changeable.path(path).exists()
+
+
+def test_another_hash_in_a_lock_installs_nothing(changeable: Installation) -> None:
+    """As if the index, here the downloads, held other files than those that were locked. Each lock is compared."""
+    before = changeable.read("/usr/lib/mmd/fingerprint")
+    for lock in ("build", "run", "sdist"):
+        path = f"/root/mmd/packaging/locks/{lock}.txt"
+        text = changeable.read(path)
+        changeable.write(path, re.sub("sha256:[0-9a-f]{8}", "sha256:00000000", text))
+        done = up_of_the_copy(changeable, PIP_NO_INDEX="1", PIP_FIND_LINKS="/var/cache/mmd-downloads")
+        changeable.write(path, text)
+        assert done.returncode == 1, done.stdout
+        assert "DOES NOT MATCH THE HASHES of packaging/locks" in done.stdout
+        assert "packaging/locks" in done.stdout
+        assert changeable.read("/usr/lib/mmd/fingerprint") == before
+        assert not changeable.path("/usr/lib/mmd.new").exists()
+        assert "mmd-gateway 0.1.0" in changeable.ctl("version").stdout
+
+
+def test_root_compares_hashes_itself(changeable: Installation) -> None:
+    """A file that was changed after its download is not unpacked, although it lies where only locked ones do."""
+    (wheel,) = changeable.path("/var/cache/mmd-downloads").glob("aiohttp-*.whl")
+    wheel.write_bytes(wheel.read_bytes() + b"x")
+    changeable.run("rm", "/usr/lib/mmd/locks")  # so that all is installed again
+    changeable.write("/root/mmd/mmd/another.py", "")
+    before = changeable.read("/usr/lib/mmd/fingerprint")
+    done = up_of_the_copy(changeable)
+    assert done.returncode == 1
+    assert "DOES NOT MATCH THE HASHES of packaging/locks" in done.stdout
+    assert changeable.read("/usr/lib/mmd/fingerprint") == before
+    assert not changeable.path("/var/cache/mmd-downloads/complete").exists(), "the next run downloads again"
 
 
 def test_down_removes_what_up_installed(root_only: None) -> None:

@@ -25,7 +25,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Self
 
-__all__ = ["CHECKOUT", "PROCESSES", "Installation", "Testbed", "named", "prepared_layer"]
+__all__ = ["CHECKOUT", "PROCESSES", "Installation", "Testbed", "downloads_layer", "named", "prepared_layer"]
 
 CHECKOUT = Path(__file__).resolve().parents[2]
 _TESTBED = CHECKOUT / "packaging" / "lib" / "testbed"
@@ -41,13 +41,22 @@ class Testbed:
 
     __test__ = False  # pytest would collect it for its name
 
-    def __init__(self, *, private_network: bool = True, layers: Sequence[Path] = (), binds: Sequence[str] = ()) -> None:
-        """`binds`: what else of the host is visible, read-only, as HOST or HOST:INSIDE."""
+    def __init__(
+        self,
+        *,
+        private_network: bool = True,
+        layers: Sequence[Path] = (),
+        binds: Sequence[str] = (),
+        system: Path | None = None,
+    ) -> None:
+        """`binds`: what else of the host is visible, read-only, as HOST or HOST:INSIDE. `system`: the root of another system
+        than the host's, whose systemd it is then."""
         self.name = f"test-{os.getpid()}-{uuid.uuid4().hex[:8]}"
         options = [word for bind in (str(CHECKOUT), *binds) for word in ("--bind-ro", bind)]
         options += ["--private-network"] if private_network else []
         for layer in layers:
             options += ["--layer", str(layer)]
+        options += ["--root", str(system)] if system else []
         self._control("start", *options, timeout_s=60)
         self.pid = int(self._control("pid"))
         self.root = Path(f"/proc/{self.pid}/root")
@@ -161,8 +170,8 @@ class Installation(Testbed):
     api = "http://127.0.0.1:8000"
     """The OpenAI API, inside the testbed's network."""
 
-    def __init__(self, *, binds: Sequence[str] = ()) -> None:
-        super().__init__(layers=[prepared_layer()], binds=binds)
+    def __init__(self, *, binds: Sequence[str] = (), layers: Sequence[Path] = (), system: Path | None = None) -> None:
+        super().__init__(layers=[prepared_layer(system), *layers], binds=binds, system=system)
         self.write("/etc/mmd/mmd.yaml", "gpus: {provider: sim, devices: [{memory: 24GiB}]}\n")
         try:
             self.up("--no-request")
@@ -208,25 +217,27 @@ class Installation(Testbed):
         return {name: self.show(name, "Listen") for name in names}
 
 
-def prepared_layer() -> Path:
+def prepared_layer(system: Path | None = None) -> Path:
     """A tree with /usr/lib/mmd of the present sources, built by packaging/up in a testbed of its own when it is not there yet.
 
-    It starts from the latest other layer, so that only what changed is installed.
+    It starts from the latest other layer, so that only what changed is installed. `system`: for the system with this root,
+    which has another Python.
     """
-    _LAYERS.mkdir(parents=True, exist_ok=True)
-    with (_LAYERS / "lock").open("w") as lock:
+    folder = _layers(system)
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / "lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        layers = sorted((path for path in _LAYERS.glob("layer-*") if path.is_dir()), key=lambda path: path.stat().st_mtime)
-        layer = _LAYERS / f"layer-{_fingerprint()}"
-        if layer not in layers:
-            with Testbed(private_network=False, layers=layers[-1:]) as testbed:
+        layers = sorted((path for path in folder.glob("layer-*") if path.is_dir()), key=lambda path: path.stat().st_mtime)
+        layer = folder / f"layer-{_fingerprint()}"
+        downloads = downloads_layer(system)
+        if layer not in layers or not downloads.is_dir():
+            start = [*layers[-1:], downloads] if downloads.is_dir() else []
+            with Testbed(private_network=False, layers=start, system=system) as testbed:
                 # The host's network, for the downloads: no TCP port of it may be taken.
                 testbed.write("/etc/mmd/mmd.yaml", "gateway: {listen: [/run/mmd/api.sock], admin_listen: []}\n")
                 testbed.run(CHECKOUT / "packaging" / "up", "--no-request", timeout_s=_BUILD_LIMIT_S)
-                unfinished = _LAYERS / "unfinished"
-                shutil.rmtree(unfinished, ignore_errors=True)
-                shutil.copytree(testbed.path("/usr/lib/mmd"), unfinished / "usr/lib/mmd", symlinks=True)
-            unfinished.rename(layer)
+                _keep(testbed, "var/cache/mmd-downloads", downloads)
+                _keep(testbed, "usr/lib/mmd", layer)
         os.utime(layer)
         for old in layers:
             if old != layer and time.time() - old.stat().st_mtime > _KEEP_LAYERS_S:
@@ -234,9 +245,27 @@ def prepared_layer() -> Path:
     return layer
 
 
+def downloads_layer(system: Path | None = None) -> Path:
+    """The packages that packaging/up downloaded for `prepared_layer`, as a layer: with it, it installs without a network."""
+    return _layers(system) / "downloads"
+
+
+def _layers(system: Path | None) -> Path:
+    return _LAYERS if system is None else system.parent / "testbed"
+
+
+def _keep(testbed: Testbed, tree: str, layer: Path) -> None:
+    """Copies a tree of a testbed into a layer, which is there as a whole or not at all."""
+    unfinished = layer.with_name("unfinished")
+    shutil.rmtree(unfinished, ignore_errors=True)
+    shutil.copytree(testbed.path(tree), unfinished / tree, symlinks=True)
+    shutil.rmtree(layer, ignore_errors=True)
+    unfinished.rename(layer)
+
+
 def _fingerprint() -> str:
     """What packaging/up itself goes by."""
-    script = '. "$0/packaging/lib/install.sh"; checkout=$0; source_fingerprint'
+    script = '. "$0/packaging/lib/environment.sh"; checkout=$0; source_fingerprint'
     return subprocess.run(["bash", "-euc", script, CHECKOUT], check=True, capture_output=True, text=True).stdout.strip()
 
 
