@@ -30,6 +30,10 @@ def test_reload_is_sandboxed() -> None:
     assert exposure(UNITS / "mmd-reload.service") <= 2.0
 
 
+def test_reload_request_is_sandboxed() -> None:
+    assert exposure(UNITS / "mmd-reload-request.service") <= 1.0
+
+
 def test_the_one_that_hands_ports_over_is_sandboxed() -> None:
     assert exposure(UNITS / "mmd-port@.service") <= 1.5
 
@@ -158,3 +162,20 @@ def test_a_change_during_a_reload_is_not_lost(units: Testbed) -> None:
     units.write("/etc/mmd/models.d/a.yaml", "third\n")
     units.wait_until(lambda: seen("third"))
     units.systemctl("stop", "mmd-reload.path", "mmd-reload-request.service", "mmd-reload.service")
+
+
+def test_a_file_of_the_future_is_read_once(units: Testbed) -> None:
+    units.write("/usr/lib/mmd/bin/mmdctl", "#!/bin/sh\necho reload of $(cat /etc/mmd/mmd.yaml)\n", mode=0o755)
+    units.write("/etc/mmd/models.d/a.yaml", "nothing\n")
+    units.run("touch", "--date=2099-01-01", "/etc/mmd/models.d/a.yaml")
+    units.systemctl("start", "mmd-reload.path")
+    try:
+        units.write("/etc/mmd/mmd.yaml", "the future\n")
+        units.run("touch", "--date=2099-01-01", "/etc/mmd/mmd.yaml")
+        said = "reload of the future"
+        units.wait_until(lambda: said in units.journal("--unit=mmd-reload.service").splitlines())
+        units.wait_until(lambda: units.show("mmd-reload.service", "ActiveState") == "inactive", 5, "the reload has ended")
+        # Once for the text, and once more at most for the date, which is a change of its own.
+        assert 1 <= units.journal("--unit=mmd-reload.service").splitlines().count(said) <= 2
+    finally:
+        units.systemctl("stop", "mmd-reload.path", "mmd-reload-request.service", "mmd-reload.service")
