@@ -18,6 +18,7 @@ __all__ = [
     "Placement",
     "UnitName",
     "divided_gpu",
+    "is_model_unit",
     "is_slice",
     "is_unit_id",
     "slice_index",
@@ -25,9 +26,10 @@ __all__ = [
 ]
 
 _ID = r"[a-z0-9][a-z0-9._-]{0,62}"
-_GPUS = r"[0-9]+(?:-[0-9]+)*"
+_GPUS = r"[0-9]{1,6}(?:-[0-9]{1,6})*"
 _UNIT = rf"mmd-model-(?P<id>{_ID})@(?P<instance>cpu|{_GPUS})\.service"
 _CPU_INSTANCE = "cpu"
+_UNIT_NAME_MAX = 255  # systemd.unit(5)
 
 # More GPUs than a machine has, and more slices than a GPU: 64 and 8 at present.
 _SLICES = 100
@@ -82,6 +84,14 @@ class UnitName(NamedTuple):
             return cls(match["id"], Placement.parse(match["instance"]))
         except MmdError:  # indexes out of order: started by hand, not one of ours
             return None
+
+
+def is_model_unit(unit: str) -> bool:
+    """Whether `unit` is exactly the name that a model unit of ours has: one spelling for each placement."""
+    if len(unit) > _UNIT_NAME_MAX:
+        return False
+    name = UnitName.parse(unit)
+    return name is not None and str(name) == unit
 
 
 def slice_index(gpu: int, number: int) -> int:

@@ -4,50 +4,38 @@ It is root, and believes nothing: the request is checked as `mmdctl add` checks 
 Who may connect says the mode of the socket, and whose request it is says the kernel (SO_PEERCRED, unix(7)).
 """
 
-import pwd
 import select
 import socket
-import struct
 import sys
 import time
 
 from mmd.registration import REQUEST_BYTES, carry_out
 from mmd.scope import Scope
+from mmd.systemd.peer import peer_of
 
 __all__ = ["main"]
 
 # The gateway has its request ready when it connects, and reads the answer at once.
 _LIMIT_S = 10.0
 
-_UCRED = struct.Struct("3i")
-_GATEWAY = "mmd"
-"""The gateway's user; root may do as it likes anyway."""
-
 
 def main() -> int:
     """Answers one request on standard input, a connection that systemd has accepted (Accept=yes, systemd.socket(5))."""
     with socket.socket(fileno=sys.stdin.fileno()) as connection:
-        pid, uid, _ = _UCRED.unpack(connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _UCRED.size))
-        if not _is_gateway(uid):
-            print(f"refused: uid {uid}, pid {pid} is not the gateway", file=sys.stderr)
+        peer = peer_of(connection)
+        if not peer.is_gateway:
+            print(f"refused: {peer} is not the gateway", file=sys.stderr)
             return 1
         request = _read_line(connection)
         reply = b"" if request is None else carry_out(Scope.system(), request)
         told = reply.decode() if request is not None else f"no request within {_LIMIT_S:g} s, or one that is too long"
-        print(f"asked by uid {uid}, pid {pid}: {told}", file=sys.stderr)
+        print(f"asked by {peer}: {told}", file=sys.stderr)
         connection.settimeout(_LIMIT_S)
         try:
             connection.sendall(reply + b"\n" if reply else b"")
         except OSError as error:
             print(f"the answer was not taken: {error}", file=sys.stderr)
     return 0 if reply else 1
-
-
-def _is_gateway(uid: int) -> bool:
-    try:
-        return uid == 0 or pwd.getpwuid(uid).pw_name == _GATEWAY
-    except KeyError:
-        return False
 
 
 def _read_line(connection: socket.socket) -> bytes | None:

@@ -49,6 +49,11 @@ class Scope(NamedTuple):
         """Where the gateway asks for a model to be added or removed (mmd-registrar.socket)."""
         return self.runtime_dir / "registrar.sock"
 
+    @property
+    def unit_broker_socket(self) -> Path | None:
+        """Where systemd starts a broker that drives model units (mmd-unit-broker.socket); a user may drive their own."""
+        return self.runtime_dir / "unit-broker.sock" if self.kind is ScopeKind.SYSTEM else None
+
     def unit_dir(self, unit: UnitName) -> Path:
         """The runtime directory of one model unit."""
         return self.model_dir / f"{unit.id}@{unit.placement}"

@@ -113,7 +113,7 @@ async def _start(scope: Scope, sockets: tuple[ListenSocket, ...], predecessor: "
             watcher(event)
 
     systemd, module = await asyncio.gather(
-        Systemd.connect(user=scope.kind is ScopeKind.USER, on_event=on_event),
+        Systemd.connect(broker=scope.unit_broker_socket, on_event=on_event),
         asyncio.to_thread(import_module, "mmd.gateway.daemon"),
     )
     # What the unit's RuntimeDirectory= and StateDirectory= made (systemd.exec(5)).

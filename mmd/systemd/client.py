@@ -1,9 +1,10 @@
 """The asyncio side of systemd: model units, jobs awaited by signal, one connection that heals itself.
 
-Every call goes to a D-Bus worker process (see `mmd.systemd.worker` for why), so nothing here blocks the event loop. When the
-connection is lost, calls and jobs in flight fail with SystemdDisconnectedError, since nobody knows whether they were carried
-out; later calls wait up to RECONNECT_WAIT_S for the next connection. After SystemdDisconnectedError, SystemdTimeoutError and
-the event Connected: read again, never repeat.
+Every call goes to a D-Bus worker process (see `mmd.systemd.worker` for why), so nothing here blocks the event loop. For the
+system's manager it is reached by mmd-unit-broker.socket, since the gateway itself has no rights there; for a user's own it is a
+child. When the connection is lost, calls and jobs in flight fail with SystemdDisconnectedError, since nobody knows whether they
+were carried out; later calls wait up to RECONNECT_WAIT_S for the next connection. After SystemdDisconnectedError,
+SystemdTimeoutError and the event Connected: read again, never repeat.
 """
 
 import asyncio
@@ -15,9 +16,9 @@ from asyncio.subprocess import DEVNULL, Process
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import count
+from pathlib import Path
 from typing import Any, Final
 
-from mmd.names import MODEL_UNIT_PATTERN
 from mmd.systemd.errors import (
     NO_REPLY,
     SystemdDisconnectedError,
@@ -65,7 +66,7 @@ class _Connection:
         self,
         reader: asyncio.StreamReader,
         writer: asyncio.StreamWriter,
-        process: Process,
+        process: Process | None,
         on_changed: Callable[[UnitState], None],
     ) -> None:
         self._loop = asyncio.get_running_loop()
@@ -81,18 +82,13 @@ class _Connection:
         self._receiver = self._loop.create_task(self._receive(reader), name="systemd worker")
 
     @classmethod
-    async def open(cls, *, user: bool, on_changed: Callable[[UnitState], None]) -> "_Connection":
-        """A connection that is subscribed; SystemdDisconnectedError when there is no bus."""
-        ours, theirs = socket.socketpair()
-        command = [sys.executable, "-I", "-m", "mmd.systemd.worker", "user" if user else "system", MODEL_UNIT_PATTERN]
-        with theirs:
-            try:
-                process = await asyncio.create_subprocess_exec(*command, stdin=theirs.fileno(), stdout=DEVNULL)
-            except OSError as error:
-                ours.close()
-                raise SystemdDisconnectedError(f"cannot start the D-Bus worker: {error}") from error
-        reader, writer = await asyncio.open_unix_connection(sock=ours, limit=_MAX_FRAME_BYTES)
-        connection = cls(reader, writer, process, on_changed)
+    async def open(cls, broker: Path | None, *, on_changed: Callable[[UnitState], None]) -> "_Connection":
+        """A connection that is subscribed; SystemdDisconnectedError when there is no bus, or nothing to open it with."""
+        try:
+            connection = cls(*await (_spawn() if broker is None else _connect(broker)), on_changed)
+        except OSError as error:  # of any kind: out of descriptors or of processes, too
+            where = "start the D-Bus worker" if broker is None else f"connect to {broker}"
+            raise SystemdDisconnectedError(f"cannot {where}: {error.strerror or error}") from error
         try:
             await asyncio.wait(
                 (connection.ready, connection.lost), timeout=_OPEN_TIMEOUT_S, return_when=asyncio.FIRST_COMPLETED
@@ -111,12 +107,12 @@ class _Connection:
 
     async def call(self, name: str, *, unit: str = "", **arguments: object) -> Any:
         """The value that systemd returns."""
-        reply, _ = await self._exchange(name, unit=unit, **arguments)
+        reply, _ = await self._exchange(name, unit, **arguments)
         return reply["value"]
 
     async def job(self, name: str, unit: str) -> JobResult:
         """How the job that systemd made of this call ended."""
-        _, job = await self._exchange(name, unit=unit)
+        _, job = await self._exchange(name, unit)
         assert job is not None, "the worker answers a job method with a job"
         await asyncio.wait((job,))  # not `await job`: others may wait for the same job, and a cancellation is not theirs
         result = job.result()
@@ -125,7 +121,7 @@ class _Connection:
         return result
 
     async def _exchange(
-        self, name: str, *, unit: str, **arguments: object
+        self, name: str, unit: str, **arguments: object
     ) -> tuple[dict[str, Any], asyncio.Future[JobResult | None] | None]:
         what = f"{name} {unit}".rstrip()
         if self.lost.done():
@@ -133,7 +129,8 @@ class _Connection:
         number, call = next(self._ids), _Call(self._loop.create_future())
         self._calls[number] = call
         try:
-            self._writer.write(json.dumps({"id": number, "call": name, "unit": unit, **arguments}).encode() + b"\n")
+            request = {"id": number, "call": name, **({"unit": unit} if unit else {}), **arguments}
+            self._writer.write(json.dumps(request).encode() + b"\n")
             async with asyncio.timeout(_CALL_TIMEOUT_S):
                 reply = await call.reply
         except TimeoutError:
@@ -153,7 +150,7 @@ class _Connection:
                 frame = json.loads(line)
                 reason = frame.get("lost", reason)
                 self._handle(frame)
-        except OSError as error:
+        except (OSError, ValueError) as error:  # ValueError: a line that is too long, or no JSON
             reason = f"the D-Bus worker exited: {error}"
         finally:
             self.lost.set_result(reason)
@@ -191,6 +188,8 @@ class _Connection:
         self._writer.close()
         self._receiver.cancel()
         await asyncio.wait((self._receiver,))
+        if self._process is None:  # systemd's
+            return
         try:
             async with asyncio.timeout(_EXIT_TIMEOUT_S):
                 await self._process.wait()
@@ -198,6 +197,27 @@ class _Connection:
             with contextlib.suppress(ProcessLookupError):
                 self._process.kill()
             await self._process.wait()
+
+
+_Opened = tuple[asyncio.StreamReader, asyncio.StreamWriter, Process | None]
+
+
+async def _connect(broker: Path) -> _Opened:
+    """systemd starts a worker for this connection."""
+    return (*await asyncio.open_unix_connection(broker, limit=_MAX_FRAME_BYTES), None)
+
+
+async def _spawn() -> _Opened:
+    """A worker of our own, with our rights."""
+    ours, theirs = socket.socketpair()
+    with theirs:
+        try:
+            command = (sys.executable, "-I", "-m", "mmd.systemd.worker")
+            process = await asyncio.create_subprocess_exec(*command, stdin=theirs.fileno(), stdout=DEVNULL)
+        except BaseException:
+            ours.close()
+            raise
+    return (*await asyncio.open_unix_connection(sock=ours, limit=_MAX_FRAME_BYTES), process)
 
 
 class Systemd:
@@ -208,9 +228,9 @@ class Systemd:
     one with asyncio.timeout: to cancel the wait does not cancel the job.
     """
 
-    def __init__(self, *, user: bool, on_event: Callable[[Event], None]) -> None:
+    def __init__(self, *, broker: Path | None, on_event: Callable[[Event], None]) -> None:
         """Use `connect`."""
-        self._user = user
+        self._broker = broker
         self._on_event = on_event
         self._up = asyncio.Event()
         self._reason = "not connected yet"
@@ -218,13 +238,14 @@ class Systemd:
         self._supervisor: asyncio.Task[None]
 
     @classmethod
-    async def connect(cls, *, user: bool = False, on_event: Callable[[Event], None]) -> "Systemd":
+    async def connect(cls, *, broker: Path | None, on_event: Callable[[Event], None]) -> "Systemd":
         """Connect and subscribe; SystemdDisconnectedError when that fails at the first attempt.
 
+        `broker` is the socket of mmd-unit-broker.socket, which leads to the system's manager; None means the caller's own.
         `on_event` is called in the event loop, for each change of a model unit and when the connection is lost (Disconnected)
         and found again (Connected); not for this first connection.
         """
-        systemd = cls(user=user, on_event=on_event)
+        systemd = cls(broker=broker, on_event=on_event)
         systemd._connection = await systemd._open()
         systemd._up.set()
         systemd._supervisor = asyncio.create_task(systemd._supervise(), name="systemd connection")
@@ -257,17 +278,13 @@ class Systemd:
         return await (await self._current()).job("restart", unit)
 
     async def kill(self, unit: str, *, signal: int, whom: str = "all") -> None:
-        """Send a signal to the unit's processes: `main`, `control` or `all` of them."""
+        """Send a signal that ends processes to the unit's: `main`, `control` or `all` of them."""
         await (await self._current()).call("kill", unit=unit, whom=whom, signal=signal)
 
     async def reset_failed(self, unit: str) -> None:
         """Forget that the unit failed and how often it was started; one that is not loaded has nothing to forget."""
         with contextlib.suppress(SystemdNoSuchUnitError):
             await (await self._current()).call("reset_failed", unit=unit)
-
-    async def reload_daemon(self) -> None:
-        """Run the generators and load all units again (systemctl daemon-reload); returns when that is done."""
-        await (await self._current()).call("reload_daemon")
 
     async def processes(self, unit: str) -> tuple[int, ...]:
         """The PIDs in the unit's control group; none when it does not run."""
@@ -294,7 +311,7 @@ class Systemd:
         return await (await self._current()).call(name, unit=unit)
 
     async def _open(self) -> _Connection:
-        return await _Connection.open(user=self._user, on_changed=lambda state: self._emit(UnitChanged(state)))
+        return await _Connection.open(self._broker, on_changed=lambda state: self._emit(UnitChanged(state)))
 
     async def _current(self) -> _Connection:
         try:

@@ -27,9 +27,9 @@ class SystemdError(MmdError):
 
 
 class SystemdAccessDeniedError(SystemdError):
-    """polkit, or the bus policy, does not let this user do that."""
+    """The unit broker does not do that: the unit is not one that mmd-generator made."""
 
-    hint_template = "the polkit rule of mmd grants this to root and the user mmd only, for model units"
+    hint_template = "systemctl cat {unit}; drop-ins of your own are fine (systemctl edit), a template in another folder is not"
 
 
 class SystemdNoSuchUnitError(SystemdError):

@@ -1,8 +1,12 @@
 """The D-Bus worker: a process of its own that holds one connection to systemd for the gateway.
 
+In a system instance systemd starts it, as root without capabilities, one for each connection to mmd-unit-broker.socket
+(`mmd.systemd.broker`, docs/decisions/unit-broker.md): the gateway itself has no rights over units. In a user's own instance it
+is a child of the gateway.
+
 Why a process. pystemd calls sd-bus synchronously and does not release the GIL, so neither the event loop nor a thread may use
 it: a StartUnit issued while a daemon-reload took 3 s stalled an asyncio loop for 2.8 s, with a worker process for 8 ms. One
-JSON object per line goes each way over a socket pair, which is this process's standard input.
+JSON object per line goes each way over a Unix socket, which is this process's standard input.
 
 Why it never reconnects. A worker is one connection: when the bus goes away it says so and exits, and the client starts another.
 So the death of dbus-daemon, of this process and a bus that is not there yet are one case, and what sd-bus leaves behind in a
@@ -31,13 +35,16 @@ import signal
 import socket
 import sys
 from collections.abc import Callable
-from fnmatch import fnmatchcase
+from pathlib import Path
 from typing import Any, Final
 
 from pystemd.dbusexc import DBusBaseError, DBusDisconnectedError
 from pystemd.dbuslib import DBus, apply_signature, path_decode, path_encode
 
-__all__ = ["main"]
+from mmd.names import MODEL_UNIT_PATTERN, is_model_unit
+from mmd.systemd.request import REQUEST_BYTES, RequestError, UnitCall, UnitRequest, parse_request
+
+__all__ = ["main", "serve"]
 
 _DESTINATION: Final = b"org.freedesktop.systemd1"
 _ROOT: Final = b"/org/freedesktop/systemd1"
@@ -59,23 +66,38 @@ _PROPERTIES: Final = {
     "exit_status": (_SERVICE, b"ExecMainStatus", b"i"),
 }
 _STATE_CHANGE: Final = (_UNIT, b"StateChangeTimestamp", b"t")
+_FRAGMENT: Final = (_UNIT, b"FragmentPath", b"s")
 
 # How often a unit that changes while it is being read is read again; the signal of the change causes one more read anyway.
 _READ_ATTEMPTS: Final = 3
 
-_JOB_METHODS: Final = {"start": b"StartUnit", "stop": b"StopUnit", "restart": b"RestartUnit"}
+_JOB_METHODS: Final = {
+    UnitCall.START: b"StartUnit",
+    UnitCall.STOP: b"StopUnit",
+    UnitCall.RESTART: b"RestartUnit",
+}
+
+_INVALID_ARGUMENTS: Final = "org.freedesktop.DBus.Error.InvalidArgs"
+_ACCESS_DENIED: Final = "org.freedesktop.DBus.Error.AccessDenied"
 
 # Between two attempts to read a unit: systemd may be off the bus because it re-executes itself.
 _RETRY_DELAY_S: Final = 0.05
 
 _RECEIVE_BYTES: Final = 65536
 
+# How long the peer may leave a line untaken. The gateway takes it at once; one that never does would keep this process.
+_SEND_TIMEOUT_S: Final = 60.0
+
+
+class _NotOursError(Exception):
+    """The unit is not one that mmd-generator has made, whatever its name."""
+
 
 class _Worker:
-    def __init__(self, peer: socket.socket, bus: Any, pattern: str) -> None:
+    def __init__(self, peer: socket.socket, bus: Any, templates: Path | None) -> None:
         self._peer = peer
         self._bus = bus
-        self._pattern = pattern
+        self._templates = templates
         self._received = b""
         self._jobs: set[str] = set()
         self._finished: list[tuple[str, str]] = []
@@ -83,13 +105,12 @@ class _Worker:
         self._appeared: dict[str, None] = {}
         self._unread: dict[str, None] = {}
         self._callbacks: list[Callable[..., None]] = []
-        self._requests: dict[str, Callable[[dict[str, Any]], Any]] = {
-            "list": self._list,
-            "read": lambda request: self._read(request["unit"]),
-            "kill": lambda request: self._manager(b"KillUnit", b"ssi", request["unit"], request["whom"], request["signal"]),
-            "reset_failed": lambda request: self._manager(b"ResetFailedUnit", b"s", request["unit"]),
-            "reload_daemon": lambda request: self._manager(b"Reload"),
-            "processes": lambda request: [row[1] for row in self._manager(b"GetUnitProcesses", b"s", request["unit"])],
+        self._requests: dict[UnitCall, Callable[[UnitRequest], Any]] = {
+            UnitCall.LIST: self._list,
+            UnitCall.READ: lambda request: self._read(request.unit),
+            UnitCall.KILL: lambda request: self._manager(b"KillUnit", b"ssi", request.unit, request.whom, request.signal),
+            UnitCall.RESET_FAILED: lambda request: self._manager(b"ResetFailedUnit", b"s", request.unit),
+            UnitCall.PROCESSES: lambda request: [row[1] for row in self._manager(b"GetUnitProcesses", b"s", request.unit)],
         }
 
     def run(self) -> None:
@@ -128,7 +149,7 @@ class _Worker:
         self._manager(b"Subscribe")
 
     def _note(self, units: dict[str, None], unit: str) -> None:
-        if fnmatchcase(unit, self._pattern):
+        if is_model_unit(unit):
             units[unit] = None
 
     def _drain(self) -> None:
@@ -155,27 +176,53 @@ class _Worker:
             self._drain()
 
     def _serve(self) -> bool:
-        """Carry out the requests that have arrived; False when the peer is gone."""
+        """Carry out the requests that have arrived; False when the peer is gone, or sends a line without an end."""
         received = self._peer.recv(_RECEIVE_BYTES)
         *lines, self._received = (self._received + received).split(b"\n")
         for line in lines:
-            self._send(self._answer(json.loads(line)))
+            self._send(self._answer(line))
             self._drain()
+        if len(self._received) > REQUEST_BYTES:
+            self._send({"lost": f"a request has {REQUEST_BYTES} bytes at most"})
+            return False
         return received != b""
 
-    def _answer(self, request: dict[str, Any]) -> dict[str, Any]:
+    def _answer(self, line: bytes) -> dict[str, Any]:
+        number: int | None = None
         try:
-            if request["call"] in _JOB_METHODS:
-                job = self._manager(_JOB_METHODS[request["call"]], b"ss", request["unit"], "replace").decode()
+            request = parse_request(line)
+            number = request.id
+            if request.call not in (UnitCall.LIST, UnitCall.READ):
+                self._check_template(request.unit)
+            if request.call in _JOB_METHODS:
+                job = self._manager(_JOB_METHODS[request.call], b"ss", request.unit, "replace").decode()
                 self._jobs.add(job)
-                return {"id": request["id"], "job": job}
-            return {"id": request["id"], "value": self._requests[request["call"]](request)}
+                return {"id": number, "job": job}
+            return {"id": number, "value": self._requests[request.call](request)}
+        except RequestError as error:
+            return {"id": error.id, "error": _INVALID_ARGUMENTS, "message": str(error)}
+        except _NotOursError as error:
+            return {"id": number, "error": _ACCESS_DENIED, "message": str(error)}
         except DBusBaseError as error:
-            return {"id": request["id"], "error": _error_name(error), "message": _text(error.err_message)}
+            return {"id": number, "error": _error_name(error), "message": _text(error.err_message)}
 
-    def _list(self, request: dict[str, Any]) -> list[dict[str, Any]]:
-        rows = self._manager(b"ListUnitsByPatterns", b"asas", [], [self._pattern])
-        return [self._read(row[0].decode()) for row in rows]
+    def _check_template(self, unit: str) -> None:
+        """Refuse a unit that is loaded from anywhere but the generator's folder: somebody's own that is named alike.
+
+        One that is not loaded, or masked, systemd refuses to start by itself; one whose template is gone may still run, and
+        must be stopped.
+        """
+        if self._templates is None:
+            return
+        path = path_encode(_UNITS, unit.encode())
+        template = self._templates / f"{unit.partition('@')[0]}@.service"
+        fragment = _text(self._property(path, _FRAGMENT))
+        if _text(self._property(path, _PROPERTIES["load_state"])) == "loaded" and fragment != str(template):
+            raise _NotOursError(f"it is loaded from {fragment or 'no file'}, not from {template}, which mmd-generator makes")
+
+    def _list(self, request: UnitRequest) -> list[dict[str, Any]]:
+        rows = self._manager(b"ListUnitsByPatterns", b"asas", [], [MODEL_UNIT_PATTERN])
+        return [self._read(unit) for unit in (row[0].decode() for row in rows) if is_model_unit(unit)]
 
     def _is_loaded(self, unit: str) -> bool:
         try:
@@ -227,26 +274,35 @@ def _error_name(error: DBusBaseError) -> str:
     return f"{prefix}.{name}"
 
 
-def main() -> int:
-    """`python -m mmd.systemd.worker system|user PATTERN`: standard input is a stream socket, PATTERN the units to watch."""
-    scope, pattern = sys.argv[1:]
+def serve(peer: socket.socket, *, user: bool, templates: Path | None = None) -> int:
+    """Serve `peer`, a connected stream socket, until it is closed; the exit status.
+
+    `templates`: the only folder whose units may be acted upon.
+    """
     # It lives exactly as long as its client keeps the socket open: a Ctrl-C, or a SIGTERM to the whole unit, is for the client.
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
-    with socket.socket(fileno=sys.stdin.fileno()) as peer:
+    peer.settimeout(_SEND_TIMEOUT_S)
+    try:
         try:
-            bus = DBus(user_mode=scope == "user")
+            bus = DBus(user_mode=user)
             bus.open()
-            _Worker(peer, bus, pattern).run()
+            _Worker(peer, bus, templates).run()
         except DBusBaseError as error:
             peer.sendall(json.dumps({"lost": f"{_error_name(error)}: {_text(error.err_message)}"}).encode() + b"\n")
             peer.shutdown(socket.SHUT_WR)
             while peer.recv(_RECEIVE_BYTES):  # to close a socket with unread requests in it would discard the reason just sent
                 pass
             return 1
-        except (BrokenPipeError, ConnectionResetError):  # the client died
-            return 1
+    except (BrokenPipeError, ConnectionResetError, TimeoutError):  # the client died, or does not read
+        return 1
     return 0
+
+
+def main() -> int:
+    """`python -m mmd.systemd.worker`: for the caller's own service manager; standard input is a stream socket."""
+    with socket.socket(fileno=sys.stdin.fileno()) as peer:
+        return serve(peer, user=True)
 
 
 if __name__ == "__main__":

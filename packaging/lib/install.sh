@@ -6,6 +6,8 @@
 home=/usr/lib/mmd
 manifest=$home.manifest # beside, since $home is exchanged as a whole
 downloads=/var/cache/mmd-downloads # what packaging/locks names: ./environment.sh
+# What systemd starts for the gateway, which may do none of it; and the watch on the configuration.
+helpers=(mmd-reload.path mmd-gpu-probe.socket mmd-registrar.socket mmd-unit-broker.socket)
 
 # exchange NEW OLD: renameat2(2); coreutils of Debian 12 has no command for it.
 exchange() {
@@ -30,7 +32,6 @@ install_files() {
     put "$systemd/user" "$checkout"/units/user/*.*
     put /usr/lib/sysusers.d "$checkout/packaging/sysusers.d/mmd.conf"
     put /usr/lib/tmpfiles.d "$checkout/packaging/tmpfiles.d/mmd.conf"
-    put /usr/share/polkit-1/rules.d "$checkout/packaging/polkit/50-mmd.rules"
     put /usr/share/bash-completion/completions "$checkout/packaging/completions/mmdctl.bash"
     put /usr/share/zsh/vendor-completions "$checkout/packaging/completions/_mmdctl"
     put /usr/share/doc/mmd/examples "$checkout"/config/examples/*.yaml
@@ -121,7 +122,7 @@ start_sockets() {
         journalctl --no-pager -n 10 -t mmd-generator
         return 1
     }
-    systemctl enable --quiet --now mmd-reload.path mmd-gpu-probe.socket mmd-registrar.socket
+    systemctl enable --quiet --now "${helpers[@]}"
     systemctl start "${units[@]}" || {
         journalctl --no-pager -n 10 -o cat "${units[@]/#/--unit=}"
         return 1
@@ -148,7 +149,7 @@ renew_gateway() {
 # stop_everything: in one call, so that the gateway does not wait for requests whose models stop as well.
 stop_everything() {
     local units
-    systemctl disable --quiet --now mmd-reload.path mmd-gpu-probe.socket mmd-registrar.socket 2>/dev/null || true
+    systemctl disable --quiet --now "${helpers[@]}" 2>/dev/null || true
     mapfile -t units < <(systemctl list-units --all --no-legend --plain 'mmd-*' mmd.slice | awk '{print $1}')
     ((${#units[@]} == 0)) || systemctl stop "${units[@]}" || true
     remark "${#units[@]} units"

@@ -1,16 +1,20 @@
-"""What test_systemd_client.py runs inside a booted systemd: `python client_scenarios.py NAME LOOP`, LOOP asyncio or uvloop."""
+"""What test_systemd_client.py runs inside a booted systemd: `python client_scenarios.py NAME LOOP`, LOOP asyncio or uvloop.
 
-# ruff: noqa: ASYNC110, ASYNC240 - conditions of another process are polled, and /proc and /run do not block
+It is the gateway's place: the units are driven by the unit broker, with its own units, except in a user's own manager.
+"""
+
+# ruff: noqa: ASYNC110, ASYNC221, ASYNC240 - conditions of another process are polled; /proc, /run, systemctl hardly block
 
 import asyncio
 import os
+import resource
 import signal
 import statistics
 import subprocess
 import sys
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import aclosing, asynccontextmanager
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from contextlib import aclosing, asynccontextmanager, contextmanager
 from pathlib import Path
 
 import uvloop
@@ -29,6 +33,8 @@ from mmd.systemd.unit import ActiveState, Connected, Disconnected, Event, JobRes
 
 UNITS = Path("/run/systemd/system")
 GENERATORS = Path("/run/systemd/system-generators")
+BROKER = Path("/run/mmd/unit-broker.sock")
+SHIPPED = Path(__file__).resolve().parents[2] / "units"
 LOOP_GAP_LIMIT_S = 0.1
 MANY = 30
 
@@ -68,11 +74,35 @@ def unit(template: str, instance: int | str = 0) -> str:
 
 
 def prepare() -> None:
-    """Install the templates; done once by the test module."""
+    """Install the broker, and the templates by a generator, as mmd-generator does; done once by the test module."""
+    made = Path("/run/templates")
+    made.mkdir()
     for name, text in TEMPLATES.items():
-        (UNITS / f"mmd-model-{name}@.service").write_text(text)
+        (made / f"mmd-model-{name}@.service").write_text(text)
+    GENERATORS.mkdir(exist_ok=True)
+    generator = GENERATORS / "mmd-generator"
+    generator.write_text(f"#!/bin/sh\ncp {made}/* $1\n")
+    generator.chmod(0o755)
     (UNITS / unit("masked")).symlink_to("/dev/null")
+    for name in ("mmd-unit-broker.socket", "mmd-unit-broker@.service", "mmd.slice"):
+        (UNITS / name).write_text((SHIPPED / name).read_text().replace("/usr/lib/mmd/bin/python", sys.executable))
+    subprocess.run(["useradd", "--system", "mmd"], check=True)
     subprocess.run(["systemctl", "daemon-reload"], check=True)
+    subprocess.run(["systemctl", "start", "mmd-unit-broker.socket"], check=True)
+
+
+@contextmanager
+def brokers_with(*lines: str) -> Iterator[None]:
+    """New brokers have these directives as well."""
+    drop_in = UNITS / "mmd-unit-broker@.service.d/test.conf"
+    drop_in.parent.mkdir(exist_ok=True)
+    drop_in.write_text("\n".join(("[Service]", *lines, "")))
+    subprocess.run(["systemctl", "daemon-reload"], check=True)
+    try:
+        yield
+    finally:
+        drop_in.unlink()
+        subprocess.run(["systemctl", "daemon-reload"], check=True)
 
 
 class Events(list[Event]):
@@ -91,7 +121,7 @@ class Events(list[Event]):
 @asynccontextmanager
 async def connected() -> AsyncIterator[tuple[Systemd, Events]]:
     events = Events()
-    systemd = await Systemd.connect(on_event=events.append)
+    systemd = await Systemd.connect(broker=BROKER, on_event=events.append)
     try:
         yield systemd, events
         for state in await systemd.list_models():
@@ -100,13 +130,22 @@ async def connected() -> AsyncIterator[tuple[Systemd, Events]]:
         assert systemd.pending == 0
     finally:
         await systemd.close()
-    assert children() == []
+    async with asyncio.timeout(5):  # none of them may outlive its connection
+        while workers():
+            await asyncio.sleep(0.01)
 
 
-def children() -> list[int]:
-    """Our worker processes: none of them may outlive its connection."""
-    text = Path(f"/proc/self/task/{os.getpid()}/children").read_text()
-    return [int(pid) for pid in text.split() if b"mmd.systemd.worker" in Path(f"/proc/{pid}/cmdline").read_bytes()]
+def workers() -> list[int]:
+    """The processes of brokers."""
+    listed = subprocess.run(
+        ["systemctl", "list-units", "--plain", "--no-legend", "mmd-unit-broker@*"], capture_output=True, text=True
+    )
+    units = [line.split()[0] for line in listed.stdout.splitlines()]
+    pids = [
+        subprocess.run(["systemctl", "show", "--property=MainPID", "--value", each], capture_output=True, text=True).stdout
+        for each in units
+    ]
+    return [pid for pid in map(int, filter(str.strip, pids)) if pid]
 
 
 async def raises(kind: type[SystemdError], call: Awaitable[object]) -> SystemdError:
@@ -193,13 +232,28 @@ async def bad_units() -> None:
         await systemd.reset_failed(unit("missing"))
         masked = await raises(SystemdMaskedError, systemd.start(unit("masked")))
         assert "systemctl unmask mmd-model-masked@0.service" in str(masked)
-        invalid = await raises(SystemdError, systemd.read("no unit name"))
+        invalid = await raises(SystemdError, systemd.read("dbus.service"))
         assert invalid.name == "org.freedesktop.DBus.Error.InvalidArgs"
         assert await systemd.start(unit("fails")) is JobResult.FAILED
         state = await systemd.read(unit("fails"))
         assert (state.active_state, state.result, state.exit_status) == (ActiveState.FAILED, "exit-code", 3)
         assert await systemd.start(unit("unmet")) is JobResult.DONE, "a failed Condition is not a failed job"
         assert (await systemd.read(unit("unmet"))).active_state is ActiveState.INACTIVE
+
+
+@scenario
+async def units_of_others() -> None:
+    """A template that no generator made is left alone, however it is named."""
+    (UNITS / "mmd-model-alike@.service").write_text(TEMPLATES["sleeps"])
+    subprocess.run(["systemctl", "daemon-reload"], check=True)
+    async with connected() as (systemd, _):
+        name = unit("alike")
+        assert (await systemd.read(name)).load_state == "loaded"
+        for call in (systemd.start, systemd.stop, systemd.restart, systemd.reset_failed, systemd.processes):
+            refused = await raises(SystemdAccessDeniedError, call(name))
+            assert "/run/systemd/generator/mmd-model-alike@.service" in str(refused)
+        (UNITS / "mmd-model-alike@.service").unlink()
+        subprocess.run(["systemctl", "daemon-reload"], check=True)
 
 
 @scenario
@@ -247,20 +301,24 @@ async def loop_gap_during_reload() -> None:
         print(f"StartUnit waited {waited_s:.2f} s for a daemon-reload, longest loop gap {longest_s * 1e3:.1f} ms")
         assert waited_s > 1.5
         assert longest_s < LOOP_GAP_LIMIT_S
-        await systemd.reload_daemon()
 
 
 @scenario
 async def no_answer_in_time() -> None:
-    """D-Bus gives up, systemd does not: after SystemdTimeoutError the job was carried out nevertheless."""
-    os.environ["SYSTEMD_BUS_TIMEOUT"] = "500ms"  # read by sd-bus in the worker
+    """D-Bus gives up on a systemd that is busy: SystemdTimeoutError, and the connection stays."""
+    with brokers_with("Environment=SYSTEMD_BUS_TIMEOUT=500ms"):  # read by sd-bus
+        await timed_out()
+
+
+async def timed_out() -> None:
     async with connected() as (systemd, events):
         async with slow_reload(1.5):
             error = await raises(SystemdTimeoutError, systemd.start(unit("sleeps")))
             assert unit("sleeps") in str(error)
-        await events.seen(unit("sleeps"), ActiveState.ACTIVE)
-        assert (await systemd.read(unit("sleeps"))).active_state is ActiveState.ACTIVE
         assert systemd.connected
+        assert await systemd.start(unit("sleeps")) is JobResult.DONE
+        await events.seen(unit("sleeps"), ActiveState.ACTIVE)
+        assert not [event for event in events if isinstance(event, Disconnected)]
 
 
 @scenario
@@ -304,7 +362,7 @@ async def bus_killed() -> None:
     """kill -9 of dbus-daemon: what was in flight fails, the next call waits for the new connection, events come again."""
 
     async def kill(systemd: Systemd) -> None:
-        os.kill((await systemd.read("dbus.service")).main_pid, signal.SIGKILL)
+        await (await asyncio.create_subprocess_exec("systemctl", "kill", "--signal=KILL", "dbus.service")).wait()
 
     await lose_connection(kill)
 
@@ -314,7 +372,7 @@ async def worker_killed() -> None:
     """kill -9 of the worker is the same."""
 
     async def kill(systemd: Systemd) -> None:
-        (worker,) = children()
+        (worker,) = workers()
         os.kill(worker, signal.SIGKILL)
 
     await lose_connection(kill)
@@ -324,26 +382,55 @@ async def worker_killed() -> None:
 async def bus_gone() -> None:
     """Without a bus, calls fail within the bound, and a first connection fails at once."""
     async with connected() as (systemd, events):
-        os.environ["DBUS_SYSTEM_BUS_ADDRESS"] = "unix:path=/nonexistent"
-        os.kill(children()[0], signal.SIGKILL)
-        await events.until(lambda: not systemd.connected)
-        began = time.perf_counter()
-        error = await raises(SystemdDisconnectedError, systemd.read(unit("quick")))
-        assert 4 < time.perf_counter() - began < 7
-        assert "cannot connect to systemd" in str(error)
-        await raises(SystemdDisconnectedError, Systemd.connect(on_event=events.append))
-        del os.environ["DBUS_SYSTEM_BUS_ADDRESS"]
+        with brokers_with("Environment=DBUS_SYSTEM_BUS_ADDRESS=unix:path=/nonexistent"):
+            os.kill(workers()[0], signal.SIGKILL)
+            await events.until(lambda: not systemd.connected)
+            began = time.perf_counter()
+            error = await raises(SystemdDisconnectedError, systemd.read(unit("quick")))
+            assert 4 < time.perf_counter() - began < 7
+            assert "cannot connect to systemd" in str(error)
+            await raises(SystemdDisconnectedError, Systemd.connect(broker=BROKER, on_event=events.append))
         await events.until(lambda: systemd.connected)
 
 
 @scenario
+async def broker_gone() -> None:
+    """The same with a socket that nobody listens on, and with one that is not there."""
+    async with connected() as (systemd, events):
+        subprocess.run(["systemctl", "stop", "mmd-unit-broker.socket"], check=True)
+        os.kill(workers()[0], signal.SIGKILL)
+        await events.until(lambda: not systemd.connected)
+        await raises(SystemdDisconnectedError, Systemd.connect(broker=BROKER, on_event=events.append))
+        await raises(SystemdDisconnectedError, Systemd.connect(broker=Path("/nonexistent"), on_event=events.append))
+        subprocess.run(["systemctl", "start", "mmd-unit-broker.socket"], check=True)
+        await events.until(lambda: systemd.connected)
+
+
+@scenario
+async def out_of_descriptors() -> None:
+    """While there is no descriptor left the connection cannot be made anew; afterwards it is."""
+    async with connected() as (systemd, events):
+        (worker,) = workers()
+        limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (3, limits[1]))
+        os.kill(worker, signal.SIGKILL)
+        await events.until(lambda: not systemd.connected)
+        error = await raises(SystemdDisconnectedError, systemd.list_models())
+        assert "Too many open files" in str(error)
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+        await events.until(lambda: systemd.connected)
+        assert await systemd.start(unit("quick")) is JobResult.DONE
+
+
+@scenario
 async def parent_killed() -> None:
-    """The worker ends with its client, however that dies."""
+    """The broker ends with its client, however that dies."""
     program = (
         "import asyncio\n"
+        "from pathlib import Path\n"
         "from mmd.systemd.client import Systemd\n"
         "async def main():\n"
-        "    await Systemd.connect(on_event=print)\n"
+        f"    await Systemd.connect(broker=Path('{BROKER}'), on_event=print)\n"
         "    print('up', flush=True)\n"
         "    await asyncio.sleep(60)\n"
         "asyncio.run(main())\n"
@@ -351,7 +438,7 @@ async def parent_killed() -> None:
     client = await asyncio.create_subprocess_exec(sys.executable, "-c", program, stdout=subprocess.PIPE)
     assert client.stdout is not None
     assert await client.stdout.readline() == b"up\n"
-    worker = int(Path(f"/proc/{client.pid}/task/{client.pid}/children").read_text())
+    (worker,) = workers()
     os.kill(worker, signal.SIGTERM)  # not the worker's business
     client.kill()
     await client.wait()
@@ -369,7 +456,7 @@ async def bursts() -> None:
             assert await systemd.restart(name) is JobResult.DONE
             await events.until(lambda: events.states(name)[-1:] != [] and events.states(name)[-1].status_text == "5000", 30)
             events.clear()
-        (worker,) = children()
+        (worker,) = workers()
         before = resident_bytes(worker)
         for _ in range(6):
             events.clear()
@@ -389,8 +476,8 @@ async def figures() -> None:
     async with connected() as (systemd, _):
         assert await systemd.start(unit("sleeps")) is JobResult.DONE
         reads_s = [await timed(systemd.read(unit("sleeps"))) for _ in range(200)]
-        calls_s = [await timed(systemd.kill(unit("sleeps"), signal=signal.SIGCONT)) for _ in range(200)]
-        rss = resident_bytes(children()[0])
+        calls_s = [await timed(systemd.processes(unit("sleeps"))) for _ in range(200)]
+        rss = resident_bytes(workers()[0])
         read_ms, call_ms = statistics.median(reads_s) * 1e3, statistics.median(calls_s) * 1e3
         print(f"read of a unit {read_ms:.2f} ms, other calls {call_ms:.2f} ms, worker RSS {rss / (1 << 20):.1f} MiB")
         assert rss < 40 << 20
@@ -445,9 +532,9 @@ async def user_manager() -> None:
     units = Path(f"/run/user/{uid}/systemd/user")
     units.mkdir(parents=True)
     (units / "mmd-model-speaks@.service").write_text(TEMPLATES["speaks"])
-    systemd = await Systemd.connect(user=True, on_event=lambda event: None)
+    await (await asyncio.create_subprocess_exec("systemctl", "--user", "daemon-reload")).wait()
+    systemd = await Systemd.connect(broker=None, on_event=lambda event: None)
     try:
-        await systemd.reload_daemon()
         assert await systemd.start(unit("speaks")) is JobResult.DONE
         assert [state.unit for state in await systemd.list_models()] == [unit("speaks")]
         argv = journal.command(
@@ -460,17 +547,9 @@ async def user_manager() -> None:
 
 
 async def no_rights() -> None:
-    """As a user whom polkit grants nothing: reading works, acting is refused."""
-    events = Events()
-    systemd = await Systemd.connect(on_event=events.append)
-    try:
-        assert (await systemd.read(unit("sleeps"))).load_state == "loaded"
-        error = await raises(SystemdAccessDeniedError, systemd.start(unit("sleeps")))
-        assert error.hint
-        await raises(SystemdAccessDeniedError, systemd.reload_daemon())
-        assert systemd.pending == 0
-    finally:
-        await systemd.close()
+    """As a user whom the broker does not serve."""
+    error = await raises(SystemdDisconnectedError, Systemd.connect(broker=BROKER, on_event=lambda event: None))
+    assert "Permission denied" in str(error)
 
 
 if __name__ == "__main__":

@@ -87,6 +87,19 @@ def test_a_changed_file_is_applied_by_itself(installed: Installation) -> None:
     installed.wait_until(lambda: models(installed) == [])
 
 
+def test_an_upgrade_takes_the_polkit_rule_away(installed: Installation) -> None:
+    """The one of 0.1.0, by which user mmd could become root on systemd 257; and models go on being started."""
+    rule = "/usr/share/polkit-1/rules.d/50-mmd.rules"
+    installed.configure("gpus: {provider: sim, devices: [{memory: 24GiB}]}\nmodels: {m: {engine: sim, vram: 1GiB}}\n")
+    installed.write(rule, "polkit.addRule(function (action, subject) {});\n")
+    installed.write("/usr/lib/mmd.manifest", installed.read("/usr/lib/mmd.manifest") + rule + "\n")
+    installed.systemctl("disable", "--now", "mmd-unit-broker.socket")
+    installed.up("--no-request")
+    assert not installed.path(rule).exists()
+    installed.ctl("start", "m")
+    installed.ctl("stop", "m")
+
+
 def test_enter_on_a_machine_with_systemd_just_runs(installed: Installation) -> None:
     done = installed.run(ENTER, "sh", "-c", "cat; exit 7", check=False, input="through")
     assert (done.returncode, done.stdout) == (7, "through")

@@ -1,0 +1,33 @@
+"""mmd-unit-broker@.service: drives model units for the gateway, which may not. One process for each connection.
+
+It is root without capabilities, which systemd obeys over D-Bus, and trusts nothing: the kernel says who has connected, requests
+are parsed strictly (`mmd.systemd.request`), and only units of templates that mmd-generator made are acted upon. The reasons for
+a broker instead of a polkit rule: docs/decisions/unit-broker.md.
+"""
+
+import socket
+import sys
+from pathlib import Path
+from typing import Final
+
+from mmd.systemd.peer import peer_of
+from mmd.systemd.worker import serve
+
+__all__ = ["main"]
+
+_TEMPLATES: Final = Path("/run/systemd/generator")
+"""Where PID 1 has generators write what is as important as the administrator's files (systemd.generator(7), normal-dir)."""
+
+
+def main() -> int:
+    """Serves the connection on standard input, which systemd has accepted (Accept=yes, systemd.socket(5))."""
+    with socket.socket(fileno=sys.stdin.fileno()) as connection:
+        peer = peer_of(connection)
+        if not peer.is_gateway:
+            print(f"refused: {peer} is not the gateway", file=sys.stderr)
+            return 1
+        return serve(connection, user=False, templates=_TEMPLATES)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
