@@ -15,9 +15,11 @@ from typing import TYPE_CHECKING, Final
 import httptools
 
 from mmd.errors import MmdError
+from mmd.gateway.relay.host_names import is_address
 from mmd.gateway.relay.request_id import FIELD, id_line, without
 
 if TYPE_CHECKING:
+    from mmd.gateway.api_error import ApiError
     from mmd.gateway.relay.visitor import Visitor
 
 __all__ = [
@@ -113,6 +115,7 @@ class _Head:
 
 
 _WAIT = b"x-mmd-wait"
+_OWN_SITE = frozenset((b"", b"none", b"same-origin"))
 
 # Credentials for us are none of the engine's business, nor is what else is meant for us; what it compresses we could not count.
 # The id is written anew.
@@ -142,6 +145,11 @@ class RequestHead(_Head):
         """The browser asks whether the page may send a request, or opens a WebSocket for it, which it lets read everything."""
         self.wait = b""
         """X-MMD-Wait: how long the client wants to wait for its model."""
+        self.plain = False
+        """It names neither a page nor a host that could be a page's: an address or a name of loopback, and no Origin."""
+        self.page_edition: object = None
+        """The settings by which `page_refusal` was found out."""
+        self.page_refusal: ApiError | None = None
         self.visitor: Visitor | None = None
         """Whose key came with it, as `Access` found out when it had the keys of that `edition`."""
         self.edition: object = None
@@ -205,6 +213,8 @@ class RequestHead(_Head):
         self.path = self.target.partition(b"?")[0]
         self.continues = self.continues and version == "1.1"
         self.wait, self.origin = self.field(_WAIT), self.field(b"origin")
+        site = self.field(b"sec-fetch-site")
+        self.plain = self.origin == b"" and site in _OWN_SITE and is_address(self.host)
         asks = method == b"OPTIONS" and self.field(b"access-control-request-method") != b""
         self.needs_leave = self.origin != b"" and (asks or self.websocket)
         self.id_line = id_line(self.field(FIELD))
