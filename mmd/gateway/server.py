@@ -21,7 +21,7 @@ from mmd.gateway.relay.head import RequestHead
 from mmd.gateway.relay.inference import Inference, InferenceExchange
 from mmd.gateway.relay.pages import page_refusal
 from mmd.gateway.relay.refused import RefusedExchange
-from mmd.gateway.relay.routing import ROUTES, Route, find_route
+from mmd.gateway.relay.routing import ROUTES, Route, find_route, is_upstream
 from mmd.gateway.relay.visitor import Visitor
 from mmd.gateway.serving import Giver, Heir
 
@@ -155,6 +155,8 @@ class Server:
                 return None
         if visitor is not None and visitor.key is None and self._asks_for_key(request.path, route):
             return RefusedExchange(client, request, length, visitor.stranger())
+        if self._door is Door.ADMIN_TCP and is_upstream(request.path):
+            return RefusedExchange(client, request, length, _not_beside_the_admin_api(self.gateway))
         if route is None:
             return self.other(client, request, length, visitor)
         exchange = InferenceExchange(client, request, length, self._inference, route, visitor)
@@ -233,3 +235,9 @@ class Server:
 
     def _busy(self) -> int:
         return sum(connection.exchange is not None for connection in self.connections)
+
+
+def _not_beside_the_admin_api(gateway: Gateway) -> ApiError:
+    """404: what a program under /upstream answers would be of one origin with the admin API, which its pages could drive."""
+    message = f"/upstream is not served at the admin API's address; ask at {gateway.listen[0]} (gateway.listen)"
+    return ApiError(404, message, code="not_found")

@@ -12,7 +12,7 @@ from pathlib import Path
 import openai
 import pytest
 import relay_gateway
-from relay_gateway import OK, Connection, Script, body_of, relay, run
+from relay_gateway import OK, Connection, Script, body_of, ok_answer, relay, run
 
 from mmd.config import Gateway
 from mmd.gateway.relay import host_names
@@ -232,3 +232,90 @@ def test_names_of_hosts_are_names_and_nothing_else() -> None:
     for bad in ("*", "*.example.org", "http://x", "x:80", "x/", "", "a..b", "x y", "[::1]", 5, None, "x" * 254, "a\n"):
         with pytest.raises(BadValueError):
             HOST_NAME.read(bad)
+
+
+_THEIRS = (
+    b"Set-Cookie: session=1\r\nX-Content-Type-Options: sniff\r\nContent-Security-Policy: default-src 'self'\r\n"
+    b"Clear-Site-Data: *\r\nService-Worker-Allowed: /\r\nStrict-Transport-Security: max-age=1\r\nX-Its-Own: 1\r\n"
+)
+_SANDBOX = "Content-Security-Policy: sandbox\r\n"
+
+
+async def _head(connection: Connection, request: bytes) -> str:
+    """Of the answer, as it came."""
+    await connection.send(request)
+    async with asyncio.timeout(5):
+        head = (await connection.reader.readuntil(b"\r\n\r\n")).decode()
+        if "chunked" in head:
+            await connection.reader.readuntil(b"0\r\n\r\n")
+        elif "Content-Length" in head:
+            await connection.reader.readexactly(int(head.lower().partition("content-length: ")[2].partition("\r")[0]))
+    return head
+
+
+@pytest.mark.usefixtures("processes")
+def test_what_an_engine_answers_is_no_page_of_the_gateway_s_origin(tmp_path: Path) -> None:
+    async def check() -> None:
+        date = b"Date: Thu, 01 Jan 1970 00:00:00 GMT\r\n"
+        events = (
+            b"HTTP/1.1 200 OK\r\n%bContent-Type: text/html\r\nTransfer-Encoding: chunked\r\n\r\n" % _THEIRS,
+            b"3\r\n<b>\r\n0\r\n\r\n",
+        )
+        moved = b"HTTP/1.1 307 Temporary Redirect\r\n%bLocation: /there\r\nContent-Length: 0\r\n\r\n" % _THEIRS
+        switched = b"HTTP/1.1 101 Switching Protocols\r\n%bConnection: Upgrade\r\nUpgrade: websocket\r\n\r\n" % _THEIRS
+        script = Script(ok_answer(more=_THEIRS), ok_answer(more=_THEIRS + date), ok_answer(more=_THEIRS + date), events, moved)
+        async with relay(tmp_path, script) as running:
+            connection = await running.connect()
+            chat = asking("localhost", body=body_of("m"))
+            upstream = asking("localhost", path="/upstream/m/v1/completions", body=body_of("m"))
+            for request in (chat, upstream, chat, upstream, upstream):
+                head = await _head(connection, request)
+                assert head.count(_SANDBOX) == 1, head
+                assert head.count("X-Content-Type-Options: ") == head.count("X-Content-Type-Options: nosniff\r\n") == 1
+                assert "Content-Security-Policy: default-src 'self'\r\n" in head, "both hold"
+                assert "X-Its-Own: 1\r\n" in head
+                for field in ("Set-Cookie", "Clear-Site-Data", "Service-Worker-Allowed", "Strict-Transport-Security"):
+                    assert field not in head
+            assert "Location: /upstream/m/there\r\n" in head
+
+            async def switching(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+                await reader.readuntil(b"\r\n\r\n")
+                writer.write(switched)
+                await writer.drain()
+                await reader.read()
+
+            (tmp_path / "ws").mkdir()
+            async with relay(tmp_path / "ws", switching) as other:
+                upgrade = ("Connection: Upgrade", "Upgrade: websocket", "Sec-WebSocket-Version: 13", "Sec-WebSocket-Key: eA==")
+                request = asking("localhost", *upgrade, path="/v1/realtime?model=m", method="GET")
+                head = await _head(await other.connect(), request)
+                assert head.startswith("HTTP/1.1 101 ")
+                assert "Set-Cookie" not in head
+
+    run(check())
+
+
+def test_comments_of_a_stream_that_waits_are_sandboxed_as_what_follows(tmp_path: Path) -> None:
+    async def check() -> None:
+        async with relay(tmp_path, Script(), settings=Gateway(loading_keepalive_s=0.05), ready=False) as running:
+            running.lifecycle.start_s = 0.3
+            head = await _head(await running.connect(), asking("localhost", body=body_of("m", stream=True)))
+            assert _SANDBOX in head
+
+    run(check())
+
+
+def test_programs_are_not_served_beside_the_admin_api(tmp_path: Path) -> None:
+    async def check() -> None:
+        for door, expected in ((Door.ADMIN_TCP, 404), (Door.API, 200), (Door.ADMIN_SOCKET, 200)):
+            script = Script()
+            async with relay(tmp_path, script, door=door) as running:
+                connection = await running.connect()
+                request = asking("localhost", path="/upstream/m/v1/completions", body=body_of("m"))
+                status, _, content = await connection.ask(request)
+                assert (status, len(script.requests)) == (expected, int(expected == 200))
+                if status == 404:
+                    assert "127.0.0.1:8000" in json.loads(content)["error"]["message"]
+                assert (await connection.ask(asking("localhost", body=body_of("m"))))[0] == 200
+
+    run(check())

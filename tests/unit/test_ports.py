@@ -351,7 +351,8 @@ def preflight(path: str, origin: str = _PAGE) -> bytes:
 def test_pages_may_call_a_port_as_they_may_the_gateway(tmp_path: Path, kind: EngineKind) -> None:
     async def work() -> None:
         listening = socket.create_server(("127.0.0.1", 0))
-        script = Script(ok_answer(more=b"Access-Control-Allow-Origin: https://the.engines\r\nX-Request-Id: its-own\r\n"))
+        theirs = b"Access-Control-Allow-Origin: https://the.engines\r\nX-Request-Id: its-own\r\nSet-Cookie: a=b\r\n"
+        script = Script(ok_answer(more=theirs))
         async with site(tmp_path, script) as there:
             models = {"m": Model("m", "m", kind, gpus=0, port=address(listening))}
             await there.configure(models, Gateway(cors_origins=(_PAGE,)))
@@ -368,6 +369,8 @@ def test_pages_may_call_a_port_as_they_may_the_gateway(tmp_path: Path, kind: Eng
             status, fields, _ = await connection.ask(chat_bytes(more=more))
             assert (status, fields["access-control-allow-origin"], fields["x-request-id"]) == (200, _PAGE, "my-own")
             assert b"\r\nx-request-id: my-own\r\n" in script.requests[0][0].lower()
+            assert fields["set-cookie"] == "a=b", "the engine is alone in this origin"
+            assert "content-security-policy" not in fields
             await there.configure(models, Gateway(cors_origins=("*",)))
             await connection.send(preflight("/api/prompt"))
             assert (await connection.answer("OPTIONS"))[0] == 204, "/api is the program's: nothing is administered here"

@@ -17,6 +17,7 @@ import httptools
 from mmd.errors import MmdError
 from mmd.gateway.relay.host_names import is_address
 from mmd.gateway.relay.request_id import FIELD, id_line, without
+from mmd.gateway.relay.sandbox import sandboxed
 
 if TYPE_CHECKING:
     from mmd.gateway.api_error import ApiError
@@ -254,6 +255,7 @@ class ResponseHead(_Head):
         self.dated = False
         self.lines = b""
         """What a client gets of it, but for framing and Connection."""
+        self._sandboxed_lines = b""
 
     def take(self, name: bytes, value: bytes) -> None:
         lower = name.lower()
@@ -270,6 +272,12 @@ class ResponseHead(_Head):
         self.bodiless = status < 200 or status in (204, 304)
         self.dated = any(lower == b"date" for lower, _, _ in self.fields)
         self.lines = head_lines(status, self.reason, self.fields)
+
+    def sandboxed_lines(self) -> bytes:
+        """As `lines`, where the engine is not alone in the origin."""
+        if not self._sandboxed_lines:
+            self._sandboxed_lines = sandboxed(self.lines)
+        return self._sandboxed_lines
 
 
 def head_lines(status: int, reason: bytes, fields: Iterable[tuple[bytes, bytes, bytes]]) -> bytes:
