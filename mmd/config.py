@@ -86,6 +86,8 @@ class Gateway(NamedTuple):
     admin_listen: tuple[str, ...] = ("127.0.0.1:8001",)
     admin_auth: AdminAuth = AdminAuth.KEY
     cors_origins: tuple[str, ...] = ()
+    hosts: tuple[str, ...] = ()
+    """Names that lead here, besides those that the machine knows for its own."""
     request_log: bool = False
     max_body_bytes: int = 64 << 20
     max_buffered_bytes: int = 1 << 30

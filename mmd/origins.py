@@ -1,4 +1,4 @@
-"""Web origins: the kind of value that a setting of them has, and which of them a page of an origin matches."""
+"""Web origins and host names: the kinds of value that settings of them have, and which origins a page of one matches."""
 
 import re
 from collections.abc import Sequence
@@ -6,7 +6,7 @@ from typing import Any
 
 from mmd.kinds import Kind, bad_value, exactly
 
-__all__ = ["ANY_ORIGIN", "ORIGIN", "is_open_to"]
+__all__ = ["ANY_ORIGIN", "HOST_NAME", "HOST_NAME_PATTERN", "ORIGIN", "is_open_to"]
 
 ANY_ORIGIN = "*"
 
@@ -23,6 +23,19 @@ def _read(value: Any) -> str:
 
 
 ORIGIN = Kind("a web origin or *", {"type": "string", "pattern": exactly(_PATTERN)}, _read)
+
+
+# Of letters that DNS knows (RFC 952, RFC 1123), and the underscore, which container names have.
+HOST_NAME_PATTERN = r"[A-Za-z0-9_]([A-Za-z0-9_-]{0,62})(\.[A-Za-z0-9_]([A-Za-z0-9_-]{0,62}))*"
+
+
+def _read_host(value: Any) -> str:
+    if not isinstance(value, str) or len(value) > 253 or re.fullmatch(HOST_NAME_PATTERN, value) is None:
+        raise bad_value(value, HOST_NAME.noun, "write llm.example.org: a name without scheme, port or *")
+    return value.lower()
+
+
+HOST_NAME = Kind("a host name", {"type": "string", "maxLength": 253, "pattern": exactly(HOST_NAME_PATTERN)}, _read_host)
 
 
 def is_open_to(origins: Sequence[str], origin: str, *, by_name: bool = False) -> bool:

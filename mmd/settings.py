@@ -7,7 +7,7 @@ mmd.model_settings.
 
 from mmd import config, kinds
 from mmd.amounts import RESOURCE
-from mmd.origins import ORIGIN
+from mmd.origins import HOST_NAME, ORIGIN
 from mmd.setting import Section, Setting, by_key
 
 __all__ = ["TOP"]
@@ -64,6 +64,14 @@ _GATEWAY = Section(
             "[]",
             "Web origins whose pages may call the API from a browser, such as https://app.example; * means all of them, but "
             "the admin API changes nothing for an origin that is not named.",
+        ),
+        Setting(
+            "hosts",
+            kinds.listing(HOST_NAME),
+            "[]",
+            "Names by which clients may ask for the gateway and for models' HTTP ports without an API key (Host), besides "
+            "addresses, the machine's own names, localhost, host.docker.internal and host.containers.internal. Any other name "
+            "is refused: a web page could have it lead here.",
         ),
         Setting("request_log", kinds.BOOLEAN, "false", "Whether each request is logged, without its content."),
         Setting("max_body", kinds.SIZE, "64MiB", "The largest request body; a larger one gets 413.", "max_body_bytes"),

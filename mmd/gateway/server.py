@@ -12,14 +12,16 @@ from collections.abc import Iterable
 from enum import Enum, auto
 
 from mmd.config import Gateway
+from mmd.gateway.api_error import ApiError
 from mmd.gateway.relay.client import ClientConnection
 from mmd.gateway.relay.clients import Clients
 from mmd.gateway.relay.cors import CorsExchange, cors_lines
 from mmd.gateway.relay.exchange import Exchange
 from mmd.gateway.relay.head import RequestHead
 from mmd.gateway.relay.inference import Inference, InferenceExchange
+from mmd.gateway.relay.pages import page_refusal
 from mmd.gateway.relay.refused import RefusedExchange
-from mmd.gateway.relay.routing import ROUTES, Route, find_route
+from mmd.gateway.relay.routing import ROUTES, Route, find_route, is_upstream
 from mmd.gateway.relay.visitor import Visitor
 from mmd.gateway.serving import Giver, Heir
 
@@ -42,6 +44,7 @@ _log = logging.getLogger(__name__)
 # asyncio calls listen() again on the inherited socket, with its own backlog: pass the unit's, or it shrinks (listen(2)).
 BACKLOG = 1024
 GRACE_S = 0.5
+_HEALTH = b"/health"
 _POLL_S = 0.02
 _CHECK_S = 1.0
 
@@ -140,6 +143,10 @@ class Server:
         route = self.route(request)
         access = self._inference.access
         visitor = access.visitor(request) if access.required and self._door is not Door.ADMIN_SOCKET else None
+        if not request.plain and (visitor is None or visitor.key is None):
+            refusal = self._page_refusal(client, request, route, visitor)
+            if refusal is not None:
+                return RefusedExchange(client, request, length, refusal)
         if self._elsewhere is not None:
             # What is counted against the limits of a key, one process counts.
             for_workers = route is not None and route.for_workers and (visitor is None or not visitor.limited)
@@ -148,6 +155,8 @@ class Server:
                 return None
         if visitor is not None and visitor.key is None and self._asks_for_key(request.path, route):
             return RefusedExchange(client, request, length, visitor.stranger())
+        if self._door is Door.ADMIN_TCP and is_upstream(request.path):
+            return RefusedExchange(client, request, length, _not_beside_the_admin_api(self.gateway))
         if route is None:
             return self.other(client, request, length, visitor)
         exchange = InferenceExchange(client, request, length, self._inference, route, visitor)
@@ -160,10 +169,26 @@ class Server:
         """How to tell its model; None: it is not for one."""
         return ROUTES.get(request.path) or find_route(request.path)
 
+    def _page_refusal(
+        self, client: ClientConnection, request: RequestHead, route: Route | None, visitor: Visitor | None
+    ) -> ApiError | None:
+        """403 for a request without a key that a foreign web page may have made a browser send."""
+        if visitor is not None and self._asks_for_key(request.path, route):
+            return None  # 401 says more
+        if route is None and request.path == _HEALTH:  # monitors ask by any name, and it tells nothing
+            return None
+        transport = client.transport
+        if transport is None or transport.get_extra_info("socket").family == socket.AF_UNIX:
+            return None  # no browser connects to it; what does so for one has to look itself
+        gateway = self.gateway
+        if request.page_edition is not gateway:
+            request.page_refusal, request.page_edition = page_refusal(request, gateway), gateway
+        return request.page_refusal
+
     def _asks_for_key(self, path: bytes, route: Route | None) -> bool:
         if self._door is Door.ADMIN_TCP:
             return route is not None or path.startswith(b"/v1/")
-        return path != b"/health"
+        return path != _HEALTH
 
     def other(self, client: ClientConnection, request: RequestHead, length: int | None, visitor: Visitor | None) -> Exchange:
         """Who answers a request that is not for a model."""
@@ -210,3 +235,9 @@ class Server:
 
     def _busy(self) -> int:
         return sum(connection.exchange is not None for connection in self.connections)
+
+
+def _not_beside_the_admin_api(gateway: Gateway) -> ApiError:
+    """404: what a program under /upstream answers would be of one origin with the admin API, which its pages could drive."""
+    message = f"/upstream is not served at the admin API's address; ask at {gateway.listen[0]} (gateway.listen)"
+    return ApiError(404, message, code="not_found")

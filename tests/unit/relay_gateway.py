@@ -270,7 +270,9 @@ async def gateway(
     lifecycle = StaticLifecycle(endpoints)
     book = LessonBook(Path(":memory:"))
     dispatcher = Dispatcher(lifecycle, cast("Systemd", None), book)
-    config = Config(gateway=settings or Gateway(), models={model.name: model for model in models})
+    settings = settings or Gateway()
+    settings = settings._replace(hosts=("x", *settings.hosts))  # what most requests of the tests call it
+    config = Config(gateway=settings, models={model.name: model for model in models})
     dispatcher.reconfigure(config, dict.fromkeys(config.models, "definition"), 1 << 40)
     for unit_id in (endpoints if ready else ()) if isinstance(ready, bool) else ready:
         dispatcher.post(Observed(UnitName(unit_id, CPU), Phase.READY, start_s=0.5))

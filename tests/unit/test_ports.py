@@ -33,7 +33,8 @@ class Site:
     path: Path
 
     async def configure(self, models: Mapping[str, Model], settings: Gateway | None = None) -> None:
-        self.running.dispatcher.reconfigure(Config(gateway=settings or Gateway(), models=models), {}, 1 << 40)
+        gateway = (settings or Gateway())._replace(hosts=("x",))  # what most requests of the tests call it
+        self.running.dispatcher.reconfigure(Config(gateway=gateway, models=models), {}, 1 << 40)
         await self.ports.arrange()
 
     async def unit(self, verb: str, unit_id: str, listening: socket.socket | None = None) -> int:
@@ -312,7 +313,7 @@ def test_a_large_body_is_refused_in_words(tmp_path: Path) -> None:
         listening = socket.create_server(("127.0.0.1", 0))
         async with site(tmp_path, Script()) as there:
             config = Config(models=model(address(listening)))
-            config = config._replace(gateway=config.gateway._replace(max_body_bytes=1000))
+            config = config._replace(gateway=config.gateway._replace(max_body_bytes=1000, hosts=("x",)))
             there.running.dispatcher.reconfigure(config, {}, 1 << 40)
             assert await there.unit("open", "m", listening) == 0
             status, content = await ask(listening, b'{"x": "' + b"x" * 2000 + b'"}')
@@ -350,7 +351,8 @@ def preflight(path: str, origin: str = _PAGE) -> bytes:
 def test_pages_may_call_a_port_as_they_may_the_gateway(tmp_path: Path, kind: EngineKind) -> None:
     async def work() -> None:
         listening = socket.create_server(("127.0.0.1", 0))
-        script = Script(ok_answer(more=b"Access-Control-Allow-Origin: https://the.engines\r\nX-Request-Id: its-own\r\n"))
+        theirs = b"Access-Control-Allow-Origin: https://the.engines\r\nX-Request-Id: its-own\r\nSet-Cookie: a=b\r\n"
+        script = Script(ok_answer(more=theirs))
         async with site(tmp_path, script) as there:
             models = {"m": Model("m", "m", kind, gpus=0, port=address(listening))}
             await there.configure(models, Gateway(cors_origins=(_PAGE,)))
@@ -367,6 +369,8 @@ def test_pages_may_call_a_port_as_they_may_the_gateway(tmp_path: Path, kind: Eng
             status, fields, _ = await connection.ask(chat_bytes(more=more))
             assert (status, fields["access-control-allow-origin"], fields["x-request-id"]) == (200, _PAGE, "my-own")
             assert b"\r\nx-request-id: my-own\r\n" in script.requests[0][0].lower()
+            assert fields["set-cookie"] == "a=b", "the engine is alone in this origin"
+            assert "content-security-policy" not in fields
             await there.configure(models, Gateway(cors_origins=("*",)))
             await connection.send(preflight("/api/prompt"))
             assert (await connection.answer("OPTIONS"))[0] == 204, "/api is the program's: nothing is administered here"
@@ -376,6 +380,29 @@ def test_pages_may_call_a_port_as_they_may_the_gateway(tmp_path: Path, kind: Eng
             upgrade = b"Connection: Upgrade\r\nUpgrade: websocket\r\nSec-WebSocket-Version: 13\r\nSec-WebSocket-Key: eA==\r\n"
             await connection.send(b"GET /v1/realtime HTTP/1.1\r\nHost: x\r\nOrigin: http://y\r\n%b\r\n" % upgrade)
             assert (await connection.answer())[0] == 403, "a WebSocket of another page"
+            await connection.close()
+        listening.close()
+
+    run(work())
+
+
+def test_foreign_pages_reach_no_port_by_any_path(tmp_path: Path) -> None:
+    async def work() -> None:
+        listening = socket.create_server(("127.0.0.1", 0))
+        script = Script()
+        async with site(tmp_path, script) as there:
+            await there.configure(model(address(listening)))
+            assert await there.unit("open", "m", listening) == 0
+            connection = Connection(*await asyncio.open_connection(*listening.getsockname()))
+            for fields in (
+                "Host: x\r\nOrigin: http://evil.example",
+                "Host: x\r\nSec-Fetch-Site: same-site",
+                "Host: evil.example",
+            ):
+                for line in ("POST /v1/chat/completions", "GET /health", "GET /"):
+                    assert (await connection.ask(f"{line} HTTP/1.1\r\n{fields}\r\n\r\n".encode()))[0] == 403, (fields, line)
+            assert not script.requests
+            assert (await connection.ask(chat_bytes()))[0] == 200
             await connection.close()
         listening.close()
 

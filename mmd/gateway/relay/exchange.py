@@ -61,6 +61,8 @@ class Exchange:
         self.started = False
         """Whether the head of an answer has gone to the client."""
         self.over = False
+        self.sandboxed = False
+        """The answer is an engine's, in an origin that is not its own."""
         self._parser: ResponseParser | None = None
         self._body: Body | None = None
         self._chunked = False
@@ -174,7 +176,8 @@ class Exchange:
         self.status, self.started, self._reusable = head.status, True, head.keep_alive
         content = data[end:]
         self._note(content)
-        client.write(client.head(head.lines, b"Content-Length: %d\r\n" % length) + content)
+        lines = head.sandboxed_lines() if self.sandboxed else head.lines
+        client.write(client.head(lines, b"Content-Length: %d\r\n" % length) + content)
         self._finish(aborted=False, in_step=True)
         return True
 
@@ -202,7 +205,8 @@ class Exchange:
     def head_for(self, head: ResponseHead, length: int | None) -> bytes:
         """The head that the client gets for the upstream's."""
         self.started = True
-        lines = head.lines if head.dated else head.lines + date_line()
+        lines = head.sandboxed_lines() if self.sandboxed else head.lines
+        lines = lines if head.dated else lines + date_line()
         return self.client.head(lines, self._framing(length if head.status != 204 else None))
 
     def unanswered(self, error: Exception | None) -> None:
@@ -289,7 +293,8 @@ class Exchange:
             raise MalformedError("101 without having been asked")
         self.status, self.started, self._body = 101, True, ToTheEnd()
         self.client.close_after = True
-        self.client.write(head.lines + b"Connection: Upgrade\r\nUpgrade: websocket\r\n\r\n" + data)
+        lines = head.sandboxed_lines() if self.sandboxed else head.lines  # it may set cookies as any answer may
+        self.client.write(lines + b"Connection: Upgrade\r\nUpgrade: websocket\r\n\r\n" + data)
         self.client.switched()
 
     def _complete(self, out: bytes, *, in_step: bool) -> None:

@@ -15,9 +15,12 @@ from typing import TYPE_CHECKING, Final
 import httptools
 
 from mmd.errors import MmdError
+from mmd.gateway.relay.host_names import is_address
 from mmd.gateway.relay.request_id import FIELD, id_line, without
+from mmd.gateway.relay.sandbox import sandboxed
 
 if TYPE_CHECKING:
+    from mmd.gateway.api_error import ApiError
     from mmd.gateway.relay.visitor import Visitor
 
 __all__ = [
@@ -113,6 +116,7 @@ class _Head:
 
 
 _WAIT = b"x-mmd-wait"
+_OWN_SITE = frozenset((b"", b"none", b"same-origin"))
 
 # Credentials for us are none of the engine's business, nor is what else is meant for us; what it compresses we could not count.
 # The id is written anew.
@@ -142,6 +146,11 @@ class RequestHead(_Head):
         """The browser asks whether the page may send a request, or opens a WebSocket for it, which it lets read everything."""
         self.wait = b""
         """X-MMD-Wait: how long the client wants to wait for its model."""
+        self.plain = False
+        """It names neither a page nor a host that could be a page's: an address or a name of loopback, and no Origin."""
+        self.page_edition: object = None
+        """The settings by which `page_refusal` was found out."""
+        self.page_refusal: ApiError | None = None
         self.visitor: Visitor | None = None
         """Whose key came with it, as `Access` found out when it had the keys of that `edition`."""
         self.edition: object = None
@@ -205,6 +214,8 @@ class RequestHead(_Head):
         self.path = self.target.partition(b"?")[0]
         self.continues = self.continues and version == "1.1"
         self.wait, self.origin = self.field(_WAIT), self.field(b"origin")
+        site = self.field(b"sec-fetch-site")
+        self.plain = self.origin == b"" and site in _OWN_SITE and is_address(self.host)
         asks = method == b"OPTIONS" and self.field(b"access-control-request-method") != b""
         self.needs_leave = self.origin != b"" and (asks or self.websocket)
         self.id_line = id_line(self.field(FIELD))
@@ -244,6 +255,7 @@ class ResponseHead(_Head):
         self.dated = False
         self.lines = b""
         """What a client gets of it, but for framing and Connection."""
+        self._sandboxed_lines = b""
 
     def take(self, name: bytes, value: bytes) -> None:
         lower = name.lower()
@@ -260,6 +272,12 @@ class ResponseHead(_Head):
         self.bodiless = status < 200 or status in (204, 304)
         self.dated = any(lower == b"date" for lower, _, _ in self.fields)
         self.lines = head_lines(status, self.reason, self.fields)
+
+    def sandboxed_lines(self) -> bytes:
+        """As `lines`, where the engine is not alone in the origin."""
+        if not self._sandboxed_lines:
+            self._sandboxed_lines = sandboxed(self.lines)
+        return self._sandboxed_lines
 
 
 def head_lines(status: int, reason: bytes, fields: Iterable[tuple[bytes, bytes, bytes]]) -> bytes:

@@ -102,6 +102,7 @@ class InferenceExchange(WaitingExchange):
         if not self.id_line:
             self.id_line = own_line(shared.id_prefix, self.number)
         self._route = route
+        self.sandboxed = not route.own_origin
         self._visitor = visitor
         self._entered: Visitor | None = None
         """Where it is counted."""

@@ -23,7 +23,7 @@ class PortRoute(Route):
 
     def __init__(self, model: str, *, answers_are_kept: bool = False) -> None:
         super().__init__(_METHODS, answers_are_kept=answers_are_kept)
-        self.keeps_host = True
+        self.own_origin = self.keeps_host = True
         self._name = model
 
     def aim(self, request: RequestHead, body: bytes, config: Config, kept: KeptAnswers) -> Aim:

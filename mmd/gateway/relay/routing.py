@@ -19,7 +19,7 @@ from mmd.gateway.relay.head import RequestHead, ResponseHead
 from mmd.gateway.relay.kept import KeptAnswers
 from mmd.gateway.relay.location import relocate
 
-__all__ = ["ROUTES", "Aim", "Route", "UnknownAnswerError", "find_route", "not_taken", "permitted"]
+__all__ = ["ROUTES", "Aim", "Route", "UnknownAnswerError", "find_route", "is_upstream", "not_taken", "permitted"]
 
 _POST: Final = frozenset((b"POST",))
 _GET: Final = frozenset((b"GET", b"HEAD"))
@@ -80,6 +80,8 @@ class Route:
         self.answers_are_kept = answers_are_kept
         self.for_workers = True
         """Whether any process can tell the model."""
+        self.own_origin = False
+        """Whether all that is asked for in its origin is one engine's."""
         self.keeps_host = False
         """Whether a program (`command`) gets the client's Host: its pages compare that with the Origin of what they ask."""
 
@@ -343,6 +345,11 @@ ROUTES: Final[dict[bytes, Route]] = {
     b"/v1/audio/voices": ByMethod(_form_route, _query),
 }
 """By path."""
+
+
+def is_upstream(path: bytes) -> bool:
+    """Whether a path leads to whatever an engine has."""
+    return path.startswith(_UPSTREAM)
 
 
 def find_route(path: bytes) -> Route | None:

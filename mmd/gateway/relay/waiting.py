@@ -12,6 +12,7 @@ from mmd.gateway.relay.exchange import Exchange, date_line
 from mmd.gateway.relay.framing import chunk
 from mmd.gateway.relay.gate import Place
 from mmd.gateway.relay.head import RequestHead, head_lines
+from mmd.gateway.relay.sandbox import SANDBOX_LINES
 from mmd.names import UnitName
 from mmd.quantity import DURATION_PATTERN, parse_duration
 
@@ -152,6 +153,7 @@ class WaitingExchange(Exchange):
             self.started = self._events = True
             self.status = 200
             fields = [(b"content-type", b"Content-Type", EVENTS), (b"cache-control", b"Cache-Control", b"no-cache")]
-            head = self.client.head(head_lines(200, b"OK", fields) + date_line(), self._framing(None))
+            more = SANDBOX_LINES if self.sandboxed else b""
+            head = self.client.head(head_lines(200, b"OK", fields) + more + date_line(), self._framing(None))
         comment = f": {text}\n\n".encode()
         self.client.write(head + (chunk(comment) if self._chunked else comment))
