@@ -39,6 +39,8 @@ install_environment() {
     "$new/bin/python" -m pip install --no-input --disable-pip-version-check --no-compile --upgrade "$work/source"
     grep --recursive --files-with-matches --binary-files=without-match --null -F "$new" "$new/bin" "$new/pyvenv.cfg" |
         xargs --null --no-run-if-empty sed -i "s,$new,$home,g"
+    # -I: no program of mmd takes modules from its caller's environment or directory.
+    sed -i '1s,^#!.*/bin/python[0-9.]*$,& -I,' "$new"/bin/mmd*
     # The generator runs with -B: it would compile its modules at each boot.
     "$new/bin/python" -m compileall -q -s "$new" -p "$home" "$new/lib"
     printf '%s\n' "$fingerprint" >"$new/fingerprint"
@@ -130,7 +132,7 @@ put_manuals() {
 make_users() {
     systemd-sysusers mmd.conf
     systemd-tmpfiles --create mmd.conf
-    remark "mmd, mmd-model, group mmd-admin"
+    remark "mmd, mmd-fetch, mmd-probe, groups mmd-admin, mmd-model"
 }
 
 # default_configuration DEMO: the demonstration, where there is no configuration; nobody's file is overwritten.
@@ -197,17 +199,25 @@ stop_everything() {
 remove_files() {
     [[ ! -f $manifest ]] || xargs -d '\n' rm -f <"$manifest"
     rm -rf "$home" "$home.new" "$manifest" /usr/share/doc/mmd
-    rm -rf /run/mmd /run/mmd-model /run/mmd-sim /run/mmd-gateway
+    rm -rf /run/mmd /run/mmd-model /run/mmd-fetch /run/mmd-sim /run/mmd-gateway
     systemctl daemon-reload
     systemctl reset-failed 'mmd*' 2>/dev/null || true
 }
 
+# model_users: those that mmd-user@.service has made: by their names, and in the range of uids that it makes them in (mmd.names).
+model_users() {
+    getent passwd | awk -F: '$1 ~ /^mmd-m-/ && $3 >= 60578 && $3 <= 60879 {print $1}'
+}
+
 purge() {
-    local user
+    local user group
     rm -rf /etc/mmd /var/lib/mmd /var/cache/mmd /etc/systemd/system/mmd-*.d
-    for user in mmd mmd-model; do
+    # mmd-model: of versions in which all engines had the same user.
+    for user in mmd mmd-fetch mmd-probe mmd-model $(model_users); do
         ! getent passwd "$user" >/dev/null || userdel "$user"
     done
-    ! getent group mmd-admin >/dev/null || groupdel mmd-admin
+    for group in mmd-admin mmd-model; do
+        ! getent group "$group" >/dev/null || groupdel "$group"
+    done
     systemctl daemon-reload
 }
