@@ -30,8 +30,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if _exists(name):
         return 0
     print(
-        f"the user {name} could not be made (systemd-sysusers: exit status {done.returncode}): /etc must be writable, and a uid "
-        f"of {MODEL_UIDS[0]} to {MODEL_UIDS[1]} free. Or name a user that exists: `user:` of the model, in mmd.yaml",
+        f"the user {name} could not be made (systemd-sysusers: exit status {done.returncode}): /etc must be writable, and a "
+        f"uid of {MODEL_UIDS[0]} to {MODEL_UIDS[1]} free. Or name a user that exists: `user:` of the model, in mmd.yaml",
         file=sys.stderr,
     )
     return done.returncode or 1

@@ -65,7 +65,11 @@ def with_options(message: str, name: str | None, arguments: argparse.Namespace) 
 
 def _scalars() -> Iterator[Setting]:
     for entry in MODEL.entries.values():
-        if isinstance(entry, Setting) and entry.key not in ADMINISTRATORS_ONLY and entry.kind.schema.get("type") not in ("array", ["object", "null"]):
+        if (
+            isinstance(entry, Setting)
+            and entry.key not in ADMINISTRATORS_ONLY
+            and entry.kind.schema.get("type") not in ("array", ["object", "null"])
+        ):
             yield entry
 
 

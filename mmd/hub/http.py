@@ -16,7 +16,7 @@ __all__ = ["Hub", "HubError"]
 
 _ENDPOINT = "https://huggingface.co"
 _SILENCE_S = 60.0
-"""How long nothing may come before an attempt counts as failed."""
+"""How long nothing may come before an attempt counts as failed; HF_HUB_DOWNLOAD_TIMEOUT changes it."""
 _LISTING_BYTES = 32 << 20
 _PIECE_BYTES = 1 << 20
 
@@ -47,6 +47,7 @@ class _SameHost(urllib.request.HTTPRedirectHandler):
 class Hub(NamedTuple):
     endpoint: str
     token: str
+    silence_s: float = _SILENCE_S
 
     @classmethod
     def of_environment(cls, environment: Mapping[str, str]) -> "Hub":
@@ -58,7 +59,11 @@ class Hub(NamedTuple):
         files = [Path(folder, "HF_TOKEN")] if folder else []
         home = environment.get("HF_HOME")
         tokens = [*map(_read, files), environment.get("HF_TOKEN", ""), *([_read(Path(home, "token"))] if home else [])]
-        return cls(endpoint, next((token.strip() for token in tokens if token.strip()), ""))
+        try:
+            silence_s = max(1.0, float(environment.get("HF_HUB_DOWNLOAD_TIMEOUT") or _SILENCE_S))
+        except ValueError:
+            silence_s = _SILENCE_S
+        return cls(endpoint, next((token.strip() for token in tokens if token.strip()), ""), silence_s)
 
     def listing(self, repository: str, revision: str) -> Any:
         """What the hub says of a revision, as JSON; HubError."""
@@ -87,12 +92,13 @@ class Hub(NamedTuple):
         if self.token:
             request.add_header("Authorization", f"Bearer {self.token}")
         try:
-            with urllib.request.build_opener(_SameHost()).open(request, timeout=_SILENCE_S) as answer:
+            with urllib.request.build_opener(_SameHost()).open(request, timeout=self.silence_s) as answer:
                 if "Range" in headers and answer.status != 206:
                     raise HubError(f"{url}: it does not go on where it broke off", unreachable=False)
                 while piece := answer.read(_PIECE_BYTES):
                     take(piece)
         except urllib.error.HTTPError as error:
+            error.close()
             raise _refused(url, error.code) from error
         except (OSError, HTTPException, ValueError) as error:  # URLError is an OSError
             if isinstance(error, urllib.error.URLError):

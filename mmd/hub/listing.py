@@ -62,7 +62,7 @@ def parse_listing(raw: Any) -> Listing:
     try:
         commit = raw["sha"]
         files = tuple(_file(each) for each in raw["siblings"])
-    except (KeyError, TypeError, ValueError) as error:
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise MmdError(f"the hub's answer is not understood: {error!r}") from error
     if not isinstance(commit, str) or not re.fullmatch(_COMMIT, commit):
         raise MmdError(f"the hub's answer names no commit: {commit!r}")
