@@ -253,6 +253,8 @@ class Model(NamedTuple):
     stop_command: tuple[str, ...] = ()
     endpoint: str | None = None
     sim: Sim = Sim()
+    user: str | None = None
+    """The system user that its engine runs as; None: one of its own, made when it is needed (mmd.names.model_user)."""
     source: Path = Path("mmd.yaml")
     """The file that defines it."""
     line: int = 0

@@ -44,6 +44,7 @@ __all__ = [
     "TCP_ADDRESS",
     "TEXT",
     "URL",
+    "USER",
     "VARIABLE_NAME",
     "VRAM",
     "WORD",
@@ -346,6 +347,11 @@ _ADDRESS_HINT = "write 127.0.0.1:8000, [::1]:8000 or /path.sock; systemd resolve
 
 NAME = _matching("a name of 1 to 200 characters without control characters", rf"[^{_CONTROL}]{{1,200}}")
 ID = _matching("a unit id", r"[a-z0-9][a-z0-9._-]{0,62}", "lower-case letters, digits, and . _ - after the first character")
+USER = _matching(
+    "a system user for engines",
+    r"(?!(?:root|mmd|mmd-fetch|mmd-probe|mmd-relay)(?![\s\S]))[a-z_][a-z0-9_-]{0,30}",
+    "the name of one that exists, and is neither root nor one of mmd's own services",
+)
 RESOURCE_NAME = _matching("a resource name", r"[a-z][a-z0-9._-]{0,62}", "lower-case letters, digits, . _ -")
 VARIABLE_NAME = _matching("a name of an environment variable", r"[A-Za-z_][A-Za-z0-9_]*")
 TEXT = Kind("text", {"type": "string", "not": {"pattern": r"\x00"}}, _read_text)

@@ -6,9 +6,12 @@ from mmd.config import EngineKind
 from mmd.setting import Entry, Section, Setting, by_key
 from mmd.sizes import BYTES_PER_WEIGHT
 
-__all__ = ["DEFAULTS", "MODEL", "PROFILE"]
+__all__ = ["ADMINISTRATORS_ONLY", "DEFAULTS", "MODEL", "PROFILE"]
 
 _ALL = frozenset(EngineKind)
+ADMINISTRATORS_ONLY = frozenset({"user"})
+"""Keys that only a file says which root writes: whoever may add models by the gateway must not choose whose files one reads."""
+
 _STARTED = _ALL - {EngineKind.EXTERNAL}
 _SLEEPING = frozenset({EngineKind.VLLM, EngineKind.SIM})
 _COMMAND = frozenset({EngineKind.COMMAND})
@@ -241,6 +244,13 @@ MODEL = Section(
             engines=_COMMAND,
         ),
         Setting("workdir", kinds.PATH, "", "The directory that it starts in.", engines=_PROGRAM),
+        Setting(
+            "user",
+            kinds.USER,
+            "",
+            "The system user that it runs as, which must exist; default: one of its own, made when it is first started.",
+            engines=_STARTED,
+        ),
         Setting(
             "listen",
             kinds.ENGINE_LISTEN,

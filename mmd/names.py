@@ -8,19 +8,23 @@ GPU 1.
 """
 
 import re
+from _blake2 import blake2b  # hashlib would load OpenSSL: 5 ms of the generator's 60
 from typing import NamedTuple
 
 from mmd.errors import MmdError
 
 __all__ = [
     "CPU",
+    "MODEL_UIDS",
     "MODEL_UNIT_PATTERN",
     "Placement",
     "UnitName",
     "divided_gpu",
     "is_model_unit",
+    "is_model_user",
     "is_slice",
     "is_unit_id",
+    "model_user",
     "slice_index",
     "slug",
 ]
@@ -36,6 +40,17 @@ _SLICES = 100
 
 MODEL_UNIT_PATTERN = "mmd-model-*@*.service"
 """Glob for ListUnitsByPatterns (org.freedesktop.systemd1(5)) that finds every model unit."""
+
+
+MODEL_UIDS = (60578, 60879)
+"""The first and the last uid of the users of models. systemd leaves 60578 to 61183 to nobody (systemd.io/UIDS-GIDS); half of it
+is enough for 302 models, and above the uids that useradd(8) gives to people (UID_MAX, 60000)."""
+
+# A name of a user has 31 characters at most: utmp's limit, which systemd and shadow keep to.
+_USER_PREFIX = "mmd-m-"
+_PLAIN_ID = r"[a-z0-9][a-z0-9-]{0,21}"
+_READABLE = 12
+_LONG = 23  # one more than _PLAIN_ID has at most, so that no short id spells the user of a long one
 
 
 class Placement(NamedTuple("Placement", [("gpus", tuple[int, ...])])):
@@ -113,6 +128,23 @@ def divided_gpu(index: int) -> tuple[int, int]:
 def is_unit_id(text: str) -> bool:
     """Whether `text` may be a unit id: `[a-z0-9][a-z0-9._-]{0,62}`."""
     return re.fullmatch(_ID, text) is not None
+
+
+def model_user(unit_id: str) -> str:
+    """The system user that the engines of a model run as, of 29 characters at most: `mmd-m-` and the unit id.
+
+    An id that is long, or has a `.` or `_`, which names of users do without, is shortened, and told from others by a hash.
+    """
+    if re.fullmatch(_PLAIN_ID, unit_id):
+        return _USER_PREFIX + unit_id
+    readable = re.sub(r"[._]", "-", unit_id)[:_READABLE]
+    digest = blake2b(unit_id.encode(), digest_size=16).hexdigest()
+    return _USER_PREFIX + f"{readable}-{digest}"[:_LONG]
+
+
+def is_model_user(name: str) -> bool:
+    """Whether `name` is one that `model_user` makes."""
+    return re.fullmatch(rf"{_USER_PREFIX}(?:{_PLAIN_ID}|[a-z0-9][a-z0-9-]{{{_LONG - 1}}})", name) is not None
 
 
 def slug(name: str) -> str:

@@ -1,20 +1,21 @@
 """The sandbox of model units: what an engine may not do (systemd.exec(5), Sandboxing).
 
-Loading a model runs code that somebody published. So an engine gets no privileges, a read-only system, no other model's
-socket, and no network beyond loopback unless it has to download its weights.
+Loading a model runs code that somebody published. So an engine gets no privileges, a user of its own, a read-only system, of
+/run its own directory only, memory that no other engine sees, and no network beyond loopback: weights from a hub are fetched by
+another unit before it starts (mmd.hub_unit).
 """
 
 from collections.abc import Iterator, Sequence
 
 from mmd.config import EngineKind, Model
 from mmd.scope import Scope, ScopeKind
-from mmd.unitfile import escape, quote
+from mmd.unitfile import quote
 
-__all__ = ["sandbox"]
+__all__ = ["ANYWHERE", "ISOLATION", "NO_DEVICES", "home_protection", "sandbox"]
 
 _BELOW_HOME = ("\n/home/", "\n/root/", "=/home/", "=/root/")  # at the start of a word or line, or as an option's value
 
-_ANYWHERE = """\
+ANYWHERE = """\
 NoNewPrivileges=yes
 RestrictAddressFamilies=AF_UNIX AF_INET AF_INET6 AF_NETLINK
 RestrictRealtime=yes
@@ -25,24 +26,32 @@ SystemCallFilter=@system-service
 SystemCallErrorNumber=EPERM
 LimitNOFILE=65536"""
 
-_SYSTEM = """\
+ISOLATION = """\
 CapabilityBoundingSet=
 AmbientCapabilities=
 ProtectSystem=strict
 PrivateTmp=yes
 PrivateMounts=yes
-# In a user namespace of its own it cannot reach into another engine's process, although both have the same user.
+# Whatever is not its own belongs to nobody in there: no process of another user can be asked for, not even by root's number.
 PrivateUsers=yes
+# System V IPC and POSIX message queues of its own.
+PrivateIPC=yes
 ProtectProc=invisible
 ProtectControlGroups=yes
 ProtectHostname=yes
 ProtectKernelLogs=yes
 ProtectKernelModules=yes
 ProtectKernelTunables=yes
-# Together with ProtectKernelTunables= systemd 252 leaves /run writable, contrary to ProtectSystem=strict.
-ReadOnlyPaths=/run
 RestrictNamespaces=yes"""
 # MemoryDenyWriteExecute= is not there: engines compile kernels at run time. ProcSubset=pid neither: they read /proc/meminfo.
+
+_PRIVATE = """\
+# Shared memory of its own: systemd would bind the machine's /dev/shm even into a private /dev.
+TemporaryFileSystem=/dev/shm:size=50%,mode=1777,nosuid,nodev
+# Of /run it sees its own directory and the runner's way to systemd, sd_notify(3): no D-Bus, no journal, no socket of mmd, of
+# another engine or of a container manager.
+TemporaryFileSystem=/run:ro,mode=0755,nosuid,nodev
+BindPaths=/run/systemd/notify"""
 
 _NVIDIA = """\
 # NVIDIA's devices and nothing else. ProtectClock= would add rtc to the list.
@@ -57,7 +66,7 @@ DeviceAllow=char-drm rw
 # Host memory that is pinned for copies to the GPU.
 LimitMEMLOCK=infinity"""
 
-_NO_DEVICES = """\
+NO_DEVICES = """\
 PrivateDevices=yes
 ProtectClock=yes"""
 
@@ -69,29 +78,26 @@ IPAddressAllow=localhost"""
 def sandbox(model: Model, *, scope: Scope, directory: str, uses_devices: bool, argv: Sequence[str]) -> Iterator[str]:
     """The directives. `directory` is the unit's runtime directory, with specifiers."""
     yield "# The sandbox; `systemd-analyze security` rates it."
-    yield _ANYWHERE
+    yield ANYWHERE
     if scope.kind is ScopeKind.USER:
         return  # a user's manager can neither mount nor filter addresses
-    yield _SYSTEM
-    yield _NVIDIA if uses_devices else _NO_DEVICES
-    words = "\n".join(("", *argv, str(model.venv or ""), str(model.workdir or "")))
-    if any(mark in words for mark in _BELOW_HOME):
+    yield ISOLATION
+    yield _NVIDIA if uses_devices else NO_DEVICES
+    yield from home_protection((*argv, str(model.venv or ""), str(model.workdir or "")))
+    yield _PRIVATE
+    yield f"BindPaths={directory}"
+    if model.engine is EngineKind.SIM:
+        yield "# The simulated GPUs' memory, which all simulated engines share."
+        yield f"BindPaths={quote(f'-{scope.sim_dir}', variables=False)}"
+    if model.engine is EngineKind.COMMAND and model.workdir is not None:
+        yield f"ReadWritePaths={quote(f'-{model.workdir}', variables=False)}"
+    yield _LOOPBACK
+
+
+def home_protection(words: Sequence[str]) -> Iterator[str]:
+    """Home directories are out of sight, unless one of the words of the configuration names a path below one."""
+    text = "\n".join(("", *words))
+    if any(mark in text for mark in _BELOW_HOME):
         yield from ("# The configuration names a path below it.", "ProtectHome=read-only")
     else:
         yield "ProtectHome=yes"
-    yield "# Of the engines' sockets it sees its own only."
-    yield f"TemporaryFileSystem={escape(str(scope.model_dir))}:ro"
-    yield f"BindPaths={directory}"
-    if model.engine is EngineKind.SIM:
-        yield f"ReadWritePaths={quote(f'-{scope.sim_dir}', variables=False)}"
-    if model.engine is EngineKind.COMMAND and model.workdir is not None:
-        yield f"ReadWritePaths={quote(f'-{model.workdir}', variables=False)}"
-    if _downloads(model):
-        yield "# It may have to download its weights, so its network is not limited to loopback."
-    else:
-        yield _LOOPBACK
-
-
-def _downloads(model: Model) -> bool:
-    """Whether its weights come from a hub rather than from a path."""
-    return model.engine is EngineKind.VLLM and not (model.model or model.name).startswith("/")

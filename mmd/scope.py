@@ -54,6 +54,20 @@ class Scope(NamedTuple):
         """Where systemd starts a broker that drives model units (mmd-unit-broker.socket); a user may drive their own."""
         return self.runtime_dir / "unit-broker.sock" if self.kind is ScopeKind.SYSTEM else None
 
+    @property
+    def hub_dir(self) -> Path:
+        """Weights from a hub, HF_HOME of what fetches them. Every engine reads them."""
+        return self.cache_dir / "huggingface"
+
+    @property
+    def fetch_dir(self) -> Path:
+        """One directory per model whose weights are fetched, where it is told why that failed (mmd.hub)."""
+        return self.model_dir.with_name("mmd-fetch")
+
+    def model_cache_dir(self, unit_id: str) -> Path:
+        """What a model's engines may write and find again; a user's own engines share one."""
+        return self.cache_dir / "models" / unit_id if self.kind is ScopeKind.SYSTEM else self.cache_dir
+
     def unit_dir(self, unit: UnitName) -> Path:
         """The runtime directory of one model unit."""
         return self.model_dir / f"{unit.id}@{unit.placement}"

@@ -15,6 +15,8 @@ from mmd.config import Config, EngineKind, Gpus, Listen, Model, Provider
 from mmd.engines import engine
 from mmd.engines.base import CommandContext
 from mmd.errors import MmdError
+from mmd.hub_unit import cache_environment, fetch_unit, fetch_unit_name, wanted
+from mmd.names import model_user
 from mmd.problem import Problem
 from mmd.sandbox import sandbox
 from mmd.scope import Scope, ScopeKind
@@ -99,6 +101,9 @@ def render_units(config: Config, *, scope: Scope, bin_dir: str) -> Units:
             continue
         try:
             files[model_unit_name(model)] = model_unit(model, gpus=config.gpus, scope=scope, bin_dir=bin_dir)
+            fetch = fetch_unit(model, scope=scope, bin_dir=bin_dir)
+            if fetch is not None:
+                files[fetch_unit_name(model.id)] = fetch
         except MmdError as error:
             problems.append(Problem(model.source, model.line, f"models.{model.name}", error.message, error.hint))
     return Units(files, links, tuple(problems))
@@ -233,6 +238,15 @@ class _ModelUnit(NamedTuple):
         return f"%t/mmd-model/{self.model.id}@%i"
 
     @property
+    def _home(self) -> Path:
+        """The unit's CacheDirectory: all that it may write and finds again."""
+        return self.scope.model_cache_dir(self.model.id)
+
+    @property
+    def _user(self) -> str:
+        return self.model.user or model_user(self.model.id)
+
+    @property
     def _gpu_memory(self) -> dict[int, int]:
         sizes = ((index, device.memory_bytes) for index, device in enumerate(self.gpus.devices))
         return {index: size for index, size in sizes if size is not None}
@@ -246,7 +260,7 @@ class _ModelUnit(NamedTuple):
         return CommandContext(
             socket=f"{self._directory}/engine.sock",
             bin_dir=self.bin_dir,
-            cache_dir=str(self.scope.cache_dir),
+            cache_dir=str(self._home),
             sim_dir=str(self.scope.sim_dir),
             gpu_memory_bytes=self._gpu_memory,
         )
@@ -257,7 +271,18 @@ class _ModelUnit(NamedTuple):
             "Documentation=man:mmd.yaml(5) man:mmd-generator(8)",
             "# The gateway counts failures and backs off by itself.",
             "StartLimitIntervalSec=0",
+            *self._before(),
         ]
+
+    def _before(self) -> Iterator[str]:
+        """What has to be done before it starts."""
+        needed = []
+        if self.scope.kind is ScopeKind.SYSTEM and self.model.user is None:
+            needed.append(f"mmd-user@{self._user}.service")
+        if wanted(self.model, self.scope):
+            needed.append(fetch_unit_name(self.model.id))
+        for unit in needed:
+            yield from (f"Requires={unit}", f"After={unit}")
 
     def _service(self) -> list[str]:
         context = self._context()
@@ -317,8 +342,12 @@ class _ModelUnit(NamedTuple):
             variables |= {
                 "HOME": context.cache_dir,
                 "XDG_CACHE_HOME": context.cache_dir,
-                "HF_HOME": f"{context.cache_dir}/huggingface",
+                "XDG_CONFIG_HOME": f"{context.cache_dir}/config",
+                "XDG_DATA_HOME": f"{context.cache_dir}/data",
                 "VLLM_CACHE_ROOT": f"{context.cache_dir}/vllm",
+                "TRITON_CACHE_DIR": f"{context.cache_dir}/triton",
+                "TORCHINDUCTOR_CACHE_DIR": f"{context.cache_dir}/torchinductor",
+                **cache_environment(model, self.scope, context.cache_dir),
             }
         variables |= engine(model.engine).environment(model, context)
         variables |= model.env
@@ -328,11 +357,11 @@ class _ModelUnit(NamedTuple):
         model = self.model
         system = self.scope.kind is ScopeKind.SYSTEM
         if model.workdir or system:
-            yield f"WorkingDirectory={escape(str(model.workdir or self.scope.cache_dir))}"
+            yield f"WorkingDirectory={escape(str(model.workdir or self._home))}"
         if system:
             yield from (
-                "# Not the gateway's user: that one may start units, engines may not.",
-                "User=mmd-model",
+                "# A user of its own: it owns what it writes. By the group the gateway, and nobody else, reaches its socket.",
+                f"User={self._user}",
                 "Group=mmd-model",
             )
             if self._uses_devices:
@@ -350,9 +379,10 @@ class _ModelUnit(NamedTuple):
         yield "RuntimeDirectoryMode=0750"
         yield "# The runner's report outlives it: the gateway reads there why a model failed."
         yield "RuntimeDirectoryPreserve=yes"
-        yield "CacheDirectory=mmd"
         if self.scope.kind is ScopeKind.SYSTEM:
-            yield "CacheDirectoryMode=0750"
+            yield from (f"CacheDirectory=mmd/models/{self.model.id}", "CacheDirectoryMode=0700")
+        else:
+            yield "CacheDirectory=mmd"
         yield "# The gateway connects to the engine's socket as a member of the group."
         yield "UMask=0007"
 

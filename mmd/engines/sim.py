@@ -51,7 +51,7 @@ class SimEngine:
         )
 
     def environment(self, model: Model, context: CommandContext) -> Mapping[str, str]:
-        return {"PYTHONUNBUFFERED": "1"}
+        return {"PYTHONUNBUFFERED": "1", "PYTHONSAFEPATH": "1"}
 
     def warm_up(self, model: str) -> HttpCall | None:
         return vllm.ENGINE.warm_up(model)

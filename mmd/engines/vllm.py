@@ -105,6 +105,7 @@ class Vllm:
             "VLLM_HTTP_TIMEOUT_KEEP_ALIVE": "75",  # longer than the gateway keeps an idle connection; vLLM's 5 s is shorter
             "VLLM_NO_USAGE_STATS": "1",
             "PYTHONUNBUFFERED": "1",
+            "PYTHONSAFEPATH": "1",  # no module from the working directory, which an engine may write
             **_cpu_memory_environment(model),
         }
 

@@ -12,6 +12,7 @@ from mmd.engines import engine
 from mmd.errors import MmdError
 from mmd.gateway.engine_client import EngineError, EnginePool
 from mmd.gateway.memory import Memory
+from mmd.gateway.prerequisites import Prerequisites, Why
 from mmd.gateway.sleepers import Sleepers
 from mmd.names import UnitName
 from mmd.policy.actions import Sleep, Start, Stop, UnitAction, Wake
@@ -20,7 +21,7 @@ from mmd.report import FailureReason, Report
 from mmd.scope import Scope
 from mmd.systemd.client import Systemd
 from mmd.systemd.errors import SystemdDisconnectedError, SystemdTimeoutError
-from mmd.systemd.unit import ActiveState, UnitState
+from mmd.systemd.unit import ActiveState, JobResult, UnitState
 
 __all__ = ["Lifecycle"]
 
@@ -39,6 +40,9 @@ _PHASES = {
     ActiveState.FAILED: Phase.FAILED,
 }
 
+
+# systemd.exec(5), Process Exit Codes: 217/USER.
+_EXIT_USER = 217
 
 # Between two attempts to read a unit while systemd is out of reach.
 _REREAD_S = 1.0
@@ -76,6 +80,7 @@ class Lifecycle:
         self._state_file = state_file
         self._sleepers = Sleepers(state_file)
         self._model_of = model_of
+        self._prerequisites = Prerequisites(scope, systemd)
         self._known: dict[UnitName, _Known] = {}
         self._reports: dict[UnitName, Report] = {}
         self.engines = EnginePool()
@@ -91,11 +96,15 @@ class Lifecycle:
         """Carry out one action. Failures are part of the answer; nothing but a cancellation is raised."""
         begun = time.monotonic()
         reason, account, interrupted = "", _Account(), False
+        why: Why | None = None
         self._memory.changed()
         try:
             match action:
                 case Start(unit):
-                    reason = await self._start(unit)
+                    result = await self._start(unit)
+                    reason = "" if result == "done" else f"its start job ended as {result}"
+                    if result is JobResult.DEPENDENCY:
+                        why = await self._prerequisites.failed(unit, self._model_of(unit))
                 case Stop(unit):
                     reason, account = await self._stop(unit)
                 case Sleep(unit, level, expected):
@@ -108,6 +117,8 @@ class Lifecycle:
             reason = "an internal error: journalctl -u mmd-gateway"
             _log.exception("%s of %s failed", type(action).__name__.lower(), action.unit)
         seen = await self._observe_again(action.unit, reason)
+        if why is not None and seen.phase is Phase.STOPPED:  # for systemd it never began
+            seen = replace(seen, phase=Phase.FAILED, reason=why.reason, tail=why.tail)
         wanted = {Start: Phase.READY, Wake: Phase.READY, Sleep: Phase.SLEEPING, Stop: Phase.STOPPED}[type(action)]
         ok = not reason and seen.phase is wanted
         if action.unit.placement.gpus and await self._memory.sample() and ok and isinstance(action, Start | Wake):
@@ -173,6 +184,8 @@ class Lifecycle:
                 out_of_memory=report.failure is FailureReason.OUT_OF_MEMORY,
             )
         journal = f"journalctl -u {unit}"
+        if state.result == "exit-code" and state.exit_status == _EXIT_USER:
+            return replace(failed, reason=f"the user that it runs as does not exist: {journal}")
         words = {
             "exit-code": f"its runner never came to run or ended with status {state.exit_status}: {journal}",
             "signal": f"its runner was killed by signal {state.exit_status}",
@@ -215,13 +228,12 @@ class Lifecycle:
             if state is not None:
                 self._known[unit] = _Known(state.invocation_id, level)
 
-    async def _start(self, unit: UnitName) -> str:
-        """Start a unit; why it did not become ready, or "". A failed unit is reset first, or its start limit refuses."""
+    async def _start(self, unit: UnitName) -> JobResult:
+        """Start a unit: how its job ended. A failed unit is reset first, or its start limit refuses."""
         state = await self._loaded(unit)
         if state.active_state is ActiveState.FAILED:
             await self._systemd.reset_failed(str(unit))
-        result = await self._systemd.start(str(unit))
-        return "" if result == "done" else f"its start job ended as {result}"
+        return await self._systemd.start(str(unit))
 
     async def _loaded(self, unit: UnitName) -> UnitState:
         """A unit's state. One that systemd does not know may come: a model that was added while the configuration was read

@@ -118,7 +118,7 @@ class _Gpu(NamedTuple):
 def _measured() -> dict[int, _Gpu]:
     """By index, from NVML in a process of its own: neither pynvml nor the driver's library stays in the runner."""
     reading, writing = os.pipe()
-    pid = spawn((sys.executable, "-m", "mmd.gpu.probe", "--once"), os.environ, output=writing)
+    pid = spawn((sys.executable, "-I", "-m", "mmd.gpu.probe", "--once"), os.environ, output=writing)
     os.close(writing)
     text = b""
     deadline_s = time.monotonic() + _PROBE_TIMEOUT_S

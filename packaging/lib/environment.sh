@@ -66,6 +66,8 @@ install_environment() {
     rm -rf "$new/input"
     grep --recursive --files-with-matches --binary-files=without-match --null -F "$new" "$new/bin" "$new/pyvenv.cfg" |
         xargs --null --no-run-if-empty sed -i "s,$new,$home,g"
+    # -I: no program of mmd takes modules from its caller's environment or directory.
+    sed -i '1s,^#!.*/bin/python[0-9.]*$,& -I,' "$new"/bin/mmd*
     # The generator runs with -B: it would compile its modules at each boot.
     "$new/bin/python" -m compileall -q -s "$new" -p "$home" "$new/lib"
     printf '%s\n' "$locks" >"$new/locks"

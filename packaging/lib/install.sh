@@ -91,7 +91,7 @@ put_manuals() {
 make_users() {
     systemd-sysusers mmd.conf
     systemd-tmpfiles --create mmd.conf
-    remark "mmd, mmd-model, group mmd-admin"
+    remark "mmd, mmd-fetch, mmd-probe, groups mmd-admin, mmd-model"
 }
 
 # default_configuration DEMO: the demonstration, where there is no configuration; nobody's file is overwritten.
@@ -158,17 +158,25 @@ stop_everything() {
 remove_files() {
     [[ ! -f $manifest ]] || xargs -d '\n' rm -f <"$manifest"
     rm -rf "$home" "$home.new" "$manifest" "$downloads" /usr/share/doc/mmd
-    rm -rf /run/mmd /run/mmd-model /run/mmd-sim /run/mmd-gateway
+    rm -rf /run/mmd /run/mmd-model /run/mmd-fetch /run/mmd-sim /run/mmd-gateway
     systemctl daemon-reload
     systemctl reset-failed 'mmd*' 2>/dev/null || true
 }
 
+# model_users: those that mmd-user@.service has made: by their names, and in the range of uids that it makes them in (mmd.names).
+model_users() {
+    getent passwd | awk -F: '$1 ~ /^mmd-m-/ && $3 >= 60578 && $3 <= 60879 {print $1}'
+}
+
 purge() {
-    local user
+    local user group
     rm -rf /etc/mmd /var/lib/mmd /var/cache/mmd /etc/systemd/system/mmd-*.d
-    for user in mmd mmd-model; do
+    # mmd-model: of versions in which all engines had the same user.
+    for user in mmd mmd-fetch mmd-probe mmd-model $(model_users); do
         ! getent passwd "$user" >/dev/null || userdel "$user"
     done
-    ! getent group mmd-admin >/dev/null || groupdel mmd-admin
+    for group in mmd-admin mmd-model; do
+        ! getent group "$group" >/dev/null || groupdel "$group"
+    done
     systemctl daemon-reload
 }

@@ -40,6 +40,7 @@ def test_output(config: Path, tmp_path: Path) -> None:
     assert sorted(str(path.relative_to(tmp_path / "out")) for path in (tmp_path / "out").rglob("*")) == [
         "mmd-admin-tcp.socket",
         "mmd-admin.socket",
+        "mmd-fetch-a.service",
         "mmd-gateway.socket",
         "mmd-model-a@.service",
         "sockets.target.wants",
@@ -179,7 +180,7 @@ _OTHER: dict[str, Any] = {
     "health": Health("/h"), "restart_on_connection_failure": False,
     "port": "/p", "port_protocol": PortProtocol.TCP, "lora": {"l": "/l"}, "filters": Filters(("f",)), "limits": Limits(5),
     "description": "d", "url": "u", "command": ("/c",), "workdir": Path("/w"), "listen": Listen.UNIX, "listen_port": 5,
-    "stop_command": ("/s",), "endpoint": "http://127.0.0.1:1", "sim": Sim(9.0), "source": Path("/s"), "line": 3,
+    "stop_command": ("/s",), "endpoint": "http://127.0.0.1:1", "sim": Sim(9.0), "user": "u", "source": Path("/s"), "line": 3,
 }  # fmt: skip
 
 
@@ -203,7 +204,7 @@ def rendered(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("units")
     programs = folder / "bin"
     programs.mkdir()
-    for name in ("mmd-runner", "mmd-gateway"):
+    for name in ("mmd-runner", "mmd-gateway", "python"):
         (programs / name).symlink_to("/bin/true")
     for file in EXAMPLES:
         config = load_text(file.read_text(), file=file).config
@@ -211,6 +212,8 @@ def rendered(tmp_path_factory: pytest.TempPathFactory) -> Path:
         assert units.problems == ()
         for name, text in units.files.items():
             (folder / name).write_text(text)
+    user = (ROOT / "units/mmd-user@.service").read_text().replace("/usr/lib/mmd/bin", str(programs))
+    (folder / "mmd-user@.service").write_text(user)
     (folder / "mmd-gateway.service").write_text(f"[Service]\nExecStart={programs}/mmd-gateway\n")
     return folder
 

@@ -18,7 +18,7 @@ PROGRAMS = "/opt/mmd-test/bin"
 # Stands in for mmd-runner: listens where the engine would, looks around, says READY, and stays.
 PROBE = """\
 #!/usr/bin/python3
-import json, os, socket, sys, time
+import json, os, pwd, socket, sys, time
 directory = sys.argv[sys.argv.index("--directory") + 1]
 server = socket.socket(socket.AF_UNIX)
 path = os.path.join(directory, "engine.sock")
@@ -53,7 +53,9 @@ report = {
     "first": reach("/run/mmd-model/first@cpu/engine.sock"),
     "processes": len(others),
     "sim": writable("/run/mmd-sim"),
+    "home": writable(os.environ["HOME"]),
     "cache": writable("/var/cache/mmd"),
+    "user": pwd.getpwuid(os.getuid()).pw_name,
     "system": writable("/usr"),
 }
 with open(os.path.join(directory, "probe.json"), "w") as file:
@@ -102,6 +104,10 @@ WORDS = [
 
 def start(booted: Testbed, models: dict[str, Any], *units: str) -> None:
     booted.write(f"{PROGRAMS}/mmd-runner", PROBE, mode=0o755)
+    unit = (CHECKOUT / "units/mmd-user@.service").read_text()
+    booted.write("/usr/lib/systemd/system/mmd-user@.service", unit.replace("/usr/lib/mmd/bin/python -I", f"{PROGRAMS}/python"))
+    python = f'#!/bin/sh\nPYTHONPATH={CHECKOUT} exec {sys.executable} -B "$@"\n'
+    booted.write(f"{PROGRAMS}/python", python, mode=0o755)
     text = json.dumps(
         {"gpus": {"provider": "sim", "devices": [{"memory": "24GiB"}]}, "models": models}, ensure_ascii=False
     ).replace("\x7f", "\\x7f")
@@ -149,9 +155,11 @@ def test_engines_cannot_reach_each_other(booted: Testbed, engine: str) -> None:
     assert first["first"] == "open"
     assert second["directory"] == ["second@cpu"]
     assert second["first"] == "FileNotFoundError"
-    assert second["processes"] == 0  # although both have the user mmd-model: hidden, since ptrace_may_access() says no
+    assert (first["user"], second["user"]) == ("mmd-m-first", "mmd-m-second")
+    assert second["processes"] == 0
     assert second["sim"] is (engine == "sim")
-    assert second["cache"] is True
+    assert second["home"] is True
+    assert second["cache"] is False
     assert second["system"] is False
     connect = "import socket; socket.socket(socket.AF_UNIX).connect('/run/mmd-model/first@cpu/engine.sock')"
     booted.run("setpriv", "--reuid=mmd", "--regid=mmd", "--groups=mmd-model", "python3", "-c", connect)

@@ -199,18 +199,62 @@ def test_down_removes_what_up_installed(root_only: None) -> None:
     with Installation() as installation, installation.network():
         installation.configure(DEMO.read_text())
         installation.up()
+        assert "\nmmd-m-" in installation.read("/etc/passwd")
         files = [*installation.read("/usr/lib/mmd.manifest").splitlines(), "/usr/lib/mmd", "/usr/lib/mmd.manifest"]
-        files += ["/run/mmd", "/run/mmd-model", "/run/mmd-sim", "/run/mmd-gateway", "/usr/share/doc/mmd"]
+        files += ["/run/mmd", "/run/mmd-model", "/run/mmd-fetch", "/run/mmd-sim", "/run/mmd-gateway", "/usr/share/doc/mmd"]
         installation.run(DOWN, timeout_s=60)
         assert [file for file in files if os.path.lexists(installation.path(file))] == []
         assert installation.systemctl("list-units", "--all", "--no-legend", "mmd-*", "mmd.slice") == ""
         assert installation.read("/etc/mmd/mmd.yaml") == DEMO.read_text()
 
         installation.run(DOWN, "--purge", timeout_s=60)
-        assert installation.run("getent", "passwd", "mmd", "mmd-model", check=False).stdout == ""
+        assert [line for line in installation.read("/etc/passwd").splitlines() if line.startswith("mmd")] == []
+        assert [line for line in installation.read("/etc/group").splitlines() if line.startswith("mmd")] == []
         assert [path for path in ("/etc/mmd", "/var/lib/mmd", "/var/cache/mmd") if installation.path(path).exists()] == []
         installation.run(DOWN, "--purge", timeout_s=60)
         assert installation.systemctl("--failed", "--no-legend") == ""
+
+
+def test_an_upgrade_from_one_user_for_all_engines(root_only: None) -> None:
+    """Version 0.1.0: what runs goes on and is driven on; weights stay, readable for all; a token stays out of sight."""
+    unit, hub = "mmd-model-old@0.service", "/var/cache/mmd/huggingface"
+    with Installation() as installation, installation.network():
+        installation.run("useradd", "--system", "--gid", "mmd-model", "--no-create-home", "mmd-model")
+        installation.write(f"{hub}/hub/models--a--b/blobs/x", "weights", mode=0o660)
+        installation.write(f"{hub}/token", "secret", mode=0o600)
+        installation.run("ln", "-s", "/etc/shadow", f"{hub}/hub/models--a--b/link")
+        installation.run("chmod", "-R", "o=", "/var/cache/mmd")
+        for folder in ("/var/cache/mmd", "/run/mmd-model", "/run/mmd-sim"):
+            installation.run("chown", "-R", "mmd-model:mmd-model", folder)
+        drop_in = f"/etc/systemd/system/{unit.replace('@0', '@')}.d/old.conf"
+        installation.write(drop_in, "[Service]\nUser=mmd-model\nCacheDirectory=\nCacheDirectory=mmd\nWorkingDirectory=/\n")
+        installation.configure("gpus: {provider: sim, devices: [{memory: 24GiB}]}\nmodels: {old: {engine: sim, vram: 1GiB}}\n")
+        installation.ctl("start", "old")
+        pids = model_pids(installation)
+        assert installation.run("ps", "-o", "user=", "-p", pids[unit]).stdout.strip() == "mmd-model"
+
+        installation.path(drop_in).unlink()
+        installation.up("--no-request")
+        assert model_pids(installation) == pids
+        installation.ctl("sleep", "old")
+        installation.ctl("wake", "old")
+        assert model_pids(installation) == pids
+        stat = installation.run("stat", "--format=%a %U", "/var/cache/mmd", f"{hub}/hub/models--a--b/blobs/x", f"{hub}/token")
+        assert stat.stdout.splitlines() == ["755 root", "644 mmd-fetch", "600 mmd-fetch"]
+        assert installation.run("stat", "--format=%a %U", "/etc/shadow").stdout == "640 root\n"
+        installation.ctl("stop", "old")
+        installation.ctl("start", "old")
+        pid = model_pids(installation)[unit]
+        assert installation.run("ps", "-o", "user=", "-p", pid).stdout.strip() == "mmd-m-old"
+
+
+def test_programs_take_nothing_from_their_callers_environment(installed: Installation) -> None:
+    for program in ("mmdctl", "mmd-gateway", "mmd-runner", "mmd-sim"):
+        assert installed.read(f"/usr/lib/mmd/bin/{program}").startswith("#!/usr/lib/mmd/bin/python")
+        assert installed.read(f"/usr/lib/mmd/bin/{program}").splitlines()[0].endswith(" -I")
+    planted = {"PYTHONPATH": "/tmp/planted"}
+    installed.write("/tmp/planted/json.py", "raise SystemExit('planted')")
+    assert installed.run("/usr/bin/mmdctl", "--version", env=planted).returncode == 0
 
 
 @pytest.fixture

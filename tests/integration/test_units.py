@@ -42,6 +42,10 @@ def test_probe_is_sandboxed() -> None:
     assert exposure(UNITS / "mmd-gpu-probe@.service") <= 2.0
 
 
+def test_the_one_that_makes_users_is_sandboxed() -> None:
+    assert exposure(UNITS / "mmd-user@.service") <= 1.5
+
+
 def test_registrar_is_sandboxed() -> None:
     assert exposure(UNITS / "mmd-registrar@.service") <= 1.5
 
@@ -66,9 +70,12 @@ def units(booted: Testbed) -> Testbed:
     packaging = CHECKOUT / "packaging"
     booted.write("/usr/lib/sysusers.d/mmd.conf", (packaging / "sysusers.d/mmd.conf").read_text())
     booted.write("/usr/lib/tmpfiles.d/mmd.conf", (packaging / "tmpfiles.d/mmd.conf").read_text())
-    template = "[Service]\nExecStart=/bin/sleep infinity\nUser=mmd-model\nRuntimeDirectory=mmd-model/qwen@%i\n"
+    template = (
+        "[Service]\nExecStart=/bin/sleep infinity\nUser=mmd-m-qwen\nGroup=mmd-model\nRuntimeDirectory=mmd-model/qwen@%i\n"
+    )
     booted.write("/etc/systemd/system/mmd-model-qwen@.service", template)
     booted.run("systemd-sysusers", "mmd.conf")
+    booted.run("systemd-sysusers", "--inline", "u mmd-m-qwen -")
     booted.run("systemd-tmpfiles", "--create", "mmd.conf")
     booted.systemctl("daemon-reload")
     return booted
@@ -92,11 +99,21 @@ def test_verify_of_a_users_unit_says_nothing(units: Testbed, unit: Path) -> None
 
 
 def test_directories(units: Testbed) -> None:
-    stat = units.run("stat", "--format=%n %a %U %G", "/run/mmd", "/run/mmd-model", "/run/mmd-sim", "/etc/mmd/models.d")
+    folders = (
+        "/run/mmd",
+        "/run/mmd-model",
+        "/run/mmd-sim",
+        "/var/cache/mmd",
+        "/var/cache/mmd/huggingface",
+        "/etc/mmd/models.d",
+    )
+    stat = units.run("stat", "--format=%n %a %U %G", *folders)
     assert stat.stdout.splitlines() == [
         "/run/mmd 755 root root",
-        "/run/mmd-model 755 mmd-model mmd-model",
-        "/run/mmd-sim 2770 mmd-model mmd-model",
+        "/run/mmd-model 755 root root",
+        "/run/mmd-sim 2770 root mmd-model",
+        "/var/cache/mmd 755 root root",
+        "/var/cache/mmd/huggingface 755 mmd-fetch mmd-fetch",
         "/etc/mmd/models.d 755 root root",
     ]
 
@@ -137,8 +154,8 @@ def test_gateway_reaches_engines_and_knows_its_callers(units: Testbed) -> None:
     units.systemctl("start", "mmd-gateway.socket", "mmd-admin.socket", "mmd-model-qwen@0.service")
     units.wait_until(units.path("/run/mmd-model/qwen@0/engine.sock").exists)
     connect = "import socket; socket.socket(socket.AF_UNIX).connect('/run/mmd/mmd-gateway.sock')"
-    uid = units.run("id", "--user", "mmd-model").stdout.strip()
-    units.run("python3", "-c", connect, user="mmd-model")
+    uid = units.run("id", "--user", "mmd-m-qwen").stdout.strip()
+    units.run("python3", "-c", connect, user="mmd-m-qwen")
     probe = units.path("/var/lib/mmd/probe")
     units.wait_until(lambda: probe.exists() and probe.read_text(), what="the probe's answer")
     assert probe.read_text() == f"{uid} hello 2"

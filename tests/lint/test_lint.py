@@ -16,7 +16,7 @@ MODULE_LINES = 400
 FUNCTION_LINES = 60
 
 ADAPTERS = {"gpu", "sim.ledger", "systemd"}
-PROGRAMS = {"client", "ctl", "gateway", "generator", "registrar", "runner", "sim"}
+PROGRAMS = {"client", "ctl", "gateway", "generator", "hub", "model_user", "registrar", "runner", "sim"}
 EFFECTS = {"aiohttp", "asyncio", "pynvml", "pystemd", "rich", "sdnotify", "subprocess", "threading", "time", "uvloop"}
 """What a pure module does not import: it has no clock, no processes, no network."""
 

@@ -1,0 +1,150 @@
+"""The unit that fetches a model's weights from a hub before its engine starts (pure).
+
+Engines have no network. So what they would download is fetched by mmd-fetch-<id>.service, which runs as a user of its own and
+alone may write the cache that all engines read (mmd.hub.fetch). It runs before each start, and is done at once when everything
+is there.
+"""
+
+from collections.abc import Iterator, Mapping
+from typing import NamedTuple
+
+from mmd.config import EngineKind, Model
+from mmd.sandbox import ANYWHERE, ISOLATION, NO_DEVICES
+from mmd.scope import Scope, ScopeKind
+from mmd.unitfile import assignment, command_line, escape
+
+__all__ = ["Wanted", "cache_environment", "fetch_unit", "fetch_unit_name", "wanted"]
+
+_OWN_CACHE = ("HF_HOME", "HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE", "TRANSFORMERS_CACHE")
+"""A model whose `env` sets one of these brings its weights with it."""
+
+_PASSED_ON = frozenset(
+    ["HF_ENDPOINT", "HF_TOKEN", "HF_HUB_DOWNLOAD_TIMEOUT", "SSL_CERT_FILE", "SSL_CERT_DIR"]
+    + [name for each in ("http_proxy", "https_proxy", "all_proxy", "no_proxy") for name in (each, each.upper())]
+)
+"""Of a model's `env` what says how the hub is reached."""
+
+_OPTIONS = ("--tokenizer", "--hf-config-path")
+
+_NETWORK = """\
+# It needs the network, but no host of the link: there clouds tell an instance its secrets, and so do the other addresses
+# (fd00:ec2::254 Amazon, fd20:ce::254 Google, 100.100.100.200 Alibaba, 192.0.0.192 Oracle). Loopback stays: many a resolver and
+# proxy is there. Where the only resolver has an address of the link, allow it by a drop-in: IPAddressAllow=169.254.169.253
+IPAddressDeny=169.254.0.0/16 fe80::/10 multicast
+IPAddressDeny=fd00:ec2::254/128 fd20:ce::254/128 100.100.100.200/32 192.0.0.192/32"""
+
+_RUN = """\
+# Of /run it sees what names are resolved by, and its own directory.
+TemporaryFileSystem=/run:ro,mode=0755,nosuid,nodev
+BindReadOnlyPaths=-/run/systemd/resolve -/run/resolvconf -/run/NetworkManager/resolv.conf -/run/nscd"""
+
+
+class Wanted(NamedTuple):
+    """A repository of a hub, at a revision: a branch, a tag or a commit."""
+
+    repository: str
+    revision: str = "main"
+
+    def __str__(self) -> str:
+        return f"{self.repository}@{self.revision}"
+
+
+def wanted(model: Model, scope: Scope) -> tuple[Wanted, ...]:
+    """What has to be fetched before the model's engine starts: nothing where the engine does that itself (a user's own
+    instance), or where its `env` says that it brings its weights with it, or wants no downloads."""
+    if model.engine is not EngineKind.VLLM or scope.kind is ScopeKind.USER or _brings_its_own(model.env):
+        return ()
+    revision = _option(model.args, "--revision") or "main"
+    main = (_repository(model.model or model.name, revision),)
+    tokenizer = _option(model.args, "--tokenizer-revision") or "main"
+    others = (
+        *(_repository(_option(model.args, option) or "", tokenizer) for option in _OPTIONS),
+        *(_repository(path) for path in model.lora.values()),
+        _draft(model.args),
+    )
+    return tuple(dict.fromkeys(each for each in (*main, *others) if each is not None))
+
+
+def fetch_unit_name(unit_id: str) -> str:
+    """The file name of the unit that fetches a model's weights."""
+    return f"mmd-fetch-{unit_id}.service"
+
+
+def cache_environment(model: Model, scope: Scope, home: str) -> Mapping[str, str]:
+    """The variables by which huggingface_hub of a system engine finds the shared cache, and asks no hub; `home` is what it may
+    write."""
+    own = {"HF_HOME": f"{home}/huggingface"}
+    if _brings_its_own(model.env) or (model.engine is not EngineKind.VLLM and "HF_ENDPOINT" in model.env):
+        return own  # a hub on loopback, the only one that a `command` could ever reach
+    return own | {
+        "HF_HUB_CACHE": str(scope.hub_dir / "hub"),
+        "HF_HUB_OFFLINE": "1",
+        "HF_HUB_DISABLE_TELEMETRY": "1",
+    }
+
+
+def fetch_unit(model: Model, *, scope: Scope, bin_dir: str) -> str | None:
+    """The text of the unit; None when there is nothing to fetch."""
+    repositories = wanted(model, scope)
+    if not repositories:
+        return None
+    return "\n".join(_lines(model, repositories, scope, bin_dir)) + "\n"
+
+
+def _lines(model: Model, repositories: tuple[Wanted, ...], scope: Scope, bin_dir: str) -> Iterator[str]:
+    words = (f"{bin_dir}/python", "-I", "-m", "mmd.hub.fetch", *map(str, repositories))
+    yield f"# Made by mmd-generator(8) of {model.source}:{model.line}: change it there, then `mmdctl reload`."
+    yield from ("[Unit]", f"SourcePath={escape(str(model.source))}", f"Description=mmd weights of {escape(model.name)}")
+    yield "Documentation=man:mmd-generator(8)"
+    yield from ("# The gateway counts failures and backs off by itself.", "StartLimitIntervalSec=0")
+    yield from ("", "[Service]", "User=mmd-fetch", "Group=mmd-fetch", "Type=oneshot")
+    yield f"ExecStart={command_line(words)}"
+    yield from ("# It gives up by itself when nothing comes any more; how long a download takes depends on the line.",)
+    yield "TimeoutStartSec=infinity"
+    variables = {"HF_HOME": str(scope.hub_dir), "HOME": str(scope.hub_dir)}
+    variables |= {name: value for name, value in model.env.items() if name in _PASSED_ON}
+    yield from (f"Environment={assignment(name, value)}" for name, value in variables.items())
+    yield f"WorkingDirectory={escape(str(scope.hub_dir))}"
+    yield from ("# All engines read it.", "CacheDirectory=mmd/huggingface", "CacheDirectoryMode=0755", "UMask=0022")
+    yield f"RuntimeDirectory=mmd-fetch/{model.id}"
+    yield from ("# The gateway reads there why nothing was fetched.", "RuntimeDirectoryPreserve=yes")
+    yield from ("Slice=mmd-models.slice", f"SyslogIdentifier=mmd-fetch-{model.id}", "SyslogLevelPrefix=no")
+    yield f"LogExtraFields=MMD_MODEL={model.id} MMD_ROLE=fetch"
+    yield from (ANYWHERE, ISOLATION, NO_DEVICES, "ProtectHome=yes", "MemoryDenyWriteExecute=yes", _NETWORK)
+    yield _RUN
+    yield f"BindPaths=/run/mmd-fetch/{model.id}"
+
+
+def _brings_its_own(env: Mapping[str, str]) -> bool:
+    return any(name in env for name in _OWN_CACHE) or env.get("HF_HUB_OFFLINE", "0").lower() in ("1", "true", "yes", "on")
+
+
+def _repository(name: str, revision: str = "main") -> Wanted | None:
+    """None for a path, for nothing, and for what no hub has, such as s3://."""
+    if not name or name.startswith(("/", ".")) or "://" in name:
+        return None
+    return Wanted(name.partition(":")[0], revision)  # org/name:Q4_K_M is a file of a repository
+
+
+def _option(args: tuple[str, ...], *names: str) -> str | None:
+    """The value of the last of these options in `args`, in any spelling that vLLM takes."""
+    found = None
+    for index, arg in enumerate(args):
+        option, separator, value = arg.partition("=")
+        if option.replace("_", "-") in names and arg.startswith("--"):
+            found = value if separator else args[index + 1] if index + 1 < len(args) else None
+    return found
+
+
+def _draft(args: tuple[str, ...]) -> Wanted | None:
+    """The smaller model that guesses ahead (speculative decoding)."""
+    text = _option(args, "--speculative-config")
+    if text is None:
+        return None
+    import json  # not for every start of the generator
+
+    try:
+        said = json.loads(text)
+        return _repository(str(said["model"]), str(said.get("revision") or "main")) if said.get("model") else None
+    except (ValueError, AttributeError, TypeError):
+        return None  # vLLM says what is wrong with it
