@@ -26,6 +26,7 @@ from pathlib import Path
 from mmd.engines import engine
 from mmd.engines.base import HttpCall
 from mmd.errors import MmdError
+from mmd.printable import printable
 from mmd.report import FailureReason, Report
 from mmd.runner.check import Check, CommandCheck, HttpCheck, Outcome
 from mmd.runner.launch import choose_port, engine_environment, expand, macros, visible_devices, write_report
@@ -341,7 +342,7 @@ class Supervisor:
             reason, message = FailureReason.OUT_OF_MEMORY, f"{message}: it ran out of GPU memory"
         self._report(ready=False, failure=reason, message=message)
         self._say(message)
-        print(f"mmd-runner: {message}", file=sys.stderr, flush=True)
+        print(f"mmd-runner: {printable(message)}", file=sys.stderr, flush=True)
         self._exit_status = 1 if served else _EX_UNAVAILABLE
         return self._exit_status
 
