@@ -54,6 +54,11 @@ class Scope(NamedTuple):
         """Where systemd starts a broker that drives model units (mmd-unit-broker.socket); a user may drive their own."""
         return self.runtime_dir / "unit-broker.sock" if self.kind is ScopeKind.SYSTEM else None
 
+    @property
+    def journal_socket(self) -> Path | None:
+        """Where systemd starts a reader of mmd's log (mmd-journal.socket); a user may read their own."""
+        return self.runtime_dir / "journal.sock" if self.kind is ScopeKind.SYSTEM else None
+
     def unit_dir(self, unit: UnitName) -> Path:
         """The runtime directory of one model unit."""
         return self.model_dir / f"{unit.id}@{unit.placement}"

@@ -6,7 +6,7 @@
 home=/usr/lib/mmd
 manifest=$home.manifest # beside, since $home is exchanged as a whole
 # What systemd starts for the gateway, which may do none of it; and the watch on the configuration.
-helpers=(mmd-reload.path mmd-gpu-probe.socket mmd-registrar.socket mmd-unit-broker.socket)
+helpers=(mmd-reload.path mmd-gpu-probe.socket mmd-registrar.socket mmd-unit-broker.socket mmd-journal.socket)
 
 # source_fingerprint: changes when the installed environment would.
 source_fingerprint() {
@@ -131,7 +131,7 @@ put_manuals() {
 make_users() {
     systemd-sysusers mmd.conf
     systemd-tmpfiles --create mmd.conf
-    remark "mmd, mmd-model, group mmd-admin"
+    remark "mmd, mmd-model, mmd-journal, group mmd-admin"
 }
 
 # default_configuration DEMO: the demonstration, where there is no configuration; nobody's file is overwritten.
@@ -206,7 +206,7 @@ remove_files() {
 purge() {
     local user
     rm -rf /etc/mmd /var/lib/mmd /var/cache/mmd /etc/systemd/system/mmd-*.d
-    for user in mmd mmd-model; do
+    for user in mmd mmd-model mmd-journal; do
         ! getent passwd "$user" >/dev/null || userdel "$user"
     done
     ! getent group mmd-admin >/dev/null || groupdel mmd-admin
