@@ -1,8 +1,8 @@
 """mmd-journal@.service: reads mmd's lines of the journal for the gateway, which may not read the journal itself.
 
-One request per connection, a line of JSON: `{"model": ID or null, "lines": N, "follow": BOOL, "after": CURSOR}`. It is answered
-by `{"begun": true}`, a line for each entry (JournalEntry as an object), and `{"end": true}` or `{"error": TEXT}`. What is logged
-after `begun` is found by a request that follows. The reader ends when its client does.
+One request per connection, a line of JSON: `{"model": ID or null, "lines": N, "follow": BOOL, "after": CURSOR}`. The answer is
+`{"begun": true}`, a line for each entry (JournalEntry as an object), then `{"end": true}` or `{"error": TEXT}`. A request that
+follows finds what is logged after `begun`. The reader ends when its client does.
 
 The gateway may have been taken over: the request is parsed strictly, the command line of journalctl is of this module's making,
 and an entry is passed on only if it is of a unit of mmd by fields that cannot be forged (`mmd.systemd.journal`).
