@@ -3,6 +3,8 @@
 from pathlib import Path
 from typing import NamedTuple
 
+from mmd.printable import printable
+
 __all__ = ["Problem"]
 
 
@@ -21,4 +23,4 @@ class Problem(NamedTuple):
         where = f"{self.file}:{self.line}" if self.line else f"{self.file}"
         parts = [where, self.key, self.message] if self.key else [where, self.message]
         text = ": ".join(parts) + (f" ({self.hint})" if self.hint else "")
-        return text if text.isprintable() else "".join(char if char.isprintable() else ascii(char)[1:-1] for char in text)
+        return printable(text)

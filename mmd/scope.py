@@ -55,6 +55,11 @@ class Scope(NamedTuple):
         return self.runtime_dir / "unit-broker.sock" if self.kind is ScopeKind.SYSTEM else None
 
     @property
+    def journal_socket(self) -> Path | None:
+        """Where systemd starts a reader of mmd's log (mmd-journal.socket); a user may read their own."""
+        return self.runtime_dir / "journal.sock" if self.kind is ScopeKind.SYSTEM else None
+
+    @property
     def hub_dir(self) -> Path:
         """Weights from a hub, HF_HOME of what fetches them. Every engine reads them."""
         return self.cache_dir / "huggingface"

@@ -371,7 +371,7 @@ class _ModelUnit(NamedTuple):
             yield f"MemoryMax={model.limits.memory_max_bytes}"
         if model.limits.cpu_weight is not None:
             yield f"CPUWeight={model.limits.cpu_weight}"
-        yield f"SyslogIdentifier=mmd-{model.id}"
+        yield from (f"SyslogIdentifier=mmd-{model.id}", "SyslogLevelPrefix=no")
         yield f"LogExtraFields=MMD_MODEL={model.id} MMD_ROLE=model"
 
     def _directories(self) -> Iterator[str]:

@@ -17,6 +17,7 @@ from mmd.ctl.context import Context
 from mmd.ctl.exits import CtlError, Exit
 from mmd.ctl.terminal import Terminal
 from mmd.errors import MmdError
+from mmd.printable import printable
 from mmd.scope import Scope
 
 __all__ = ["main", "parser"]
@@ -40,7 +41,8 @@ def main() -> int:
         return code
     except MmdError as error:
         sys.stdout.flush()
-        print(f"mmdctl: {error.message}", *([f"  {error.hint}"] if error.hint else []), sep="\n", file=sys.stderr)
+        lines = (f"mmdctl: {error.message}", *([f"  {error.hint}"] if error.hint else []))
+        print(*map(printable, "\n".join(lines).splitlines()), sep="\n", file=sys.stderr)  # it may hold an engine's last lines
         return error.exit_code if isinstance(error, CtlError) else Exit.FAILED
     except KeyboardInterrupt:
         return Exit.INTERRUPTED
@@ -327,7 +329,7 @@ def _logs(context: Context, arguments: argparse.Namespace) -> Exit:
     from mmd.ctl.units import logs
 
     since, lines, follow = arguments.since, arguments.lines, arguments.follow
-    logs(context, arguments.model, gateway=arguments.gateway, follow=follow, lines=lines, since=since)
+    return logs(context, arguments.model, gateway=arguments.gateway, follow=follow, lines=lines, since=since)
 
 
 def _cat(context: Context, arguments: argparse.Namespace) -> Exit:

@@ -9,9 +9,11 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import TextIO
 
+from mmd.printable import printable as escaped
+
 __all__ = ["Colour", "LiveLine", "Terminal", "fit", "printable"]
 
-_CONTROL = re.compile(r"\x1b\[[0-9;?]*[ -/]*[@-~]|[\x00-\x1f\x7f-\x9f]")
+_COLOUR = re.compile(r"\x1b\[[0-9;]*m")
 _BLANKS = str.maketrans("\n\t", "  ")
 _CLEAR_LINE = "\r\x1b[2K"
 _CLEAR_SCREEN = "\x1b[H\x1b[J"
@@ -97,5 +99,5 @@ def fit(text: str, width: int | None, *, ellipsis: str = "…") -> str:
 
 
 def printable(text: str) -> str:
-    """`text` as one line without escape sequences and control characters: an engine's log must not drive the terminal."""
-    return _CONTROL.sub("", text.translate(_BLANKS))
+    """`text` as one line, without colours, control characters as escapes: an engine's log must not drive the terminal."""
+    return escaped(_COLOUR.sub("", text.translate(_BLANKS)))

@@ -15,6 +15,7 @@ from mmd.gateway.api_error import ApiError
 from mmd.gateway.application import visitor_of
 from mmd.gateway.peer import peer_of
 from mmd.gateway.relay.pages import is_foreign
+from mmd.printable import quoted
 
 __all__ = ["AdminAccess"]
 
@@ -23,6 +24,9 @@ _log = logging.getLogger(__name__)
 _Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
 _MAKE_KEY = "mmdctl keys add NAME --scope admin"
+
+# Of a path in the log. It has no blanks and nothing that breaks a line: it is as it came, percent-encoded.
+_PATH_MAX = 200
 
 
 class AdminAccess:
@@ -65,7 +69,7 @@ class AdminAccess:
         """Who asks, in words; ApiError 401 or 403 for somebody who may not."""
         visitor = visitor_of(request)
         if visitor is not None and visitor.key is not None and visitor.admin:
-            return f"the API key {visitor.key.name}"
+            return f"the API key {quoted(visitor.key.name)}"
         if visitor is not None and visitor.tried:
             raise visitor.stranger()
         if self._settings().admin_auth is AdminAuth.OPEN:
@@ -97,6 +101,6 @@ def _words(request: web.Request) -> str:
     """What is asked for, such as `stop demo/llama-8b`. Of the target's query nothing, and nothing that could break a line."""
     name, resource = request.match_info.get("name", ""), request.match_info.route.resource
     operation = "" if resource is None else resource.canonical.rpartition("/")[2]
-    if name and name.isprintable() and operation.isalpha():
-        return f"{operation} {name}"
-    return f"{request.method} {request.rel_url.raw_path}"
+    if name and operation.isalpha():
+        return f"{operation} {quoted(name)}"
+    return f"{request.method} {request.rel_url.raw_path[:_PATH_MAX]}"

@@ -16,6 +16,7 @@ from mmd.gateway.relay.inference import Inference
 from mmd.gateway.relay.visitor import Visitor
 from mmd.gateway.server import GRACE_S, Door, Server
 from mmd.gateway.serving import Giver
+from mmd.printable import quoted
 
 __all__ = ["ApplicationServer", "visitor_of"]
 
@@ -84,7 +85,7 @@ async def _answer_errors(request: web.Request, handler: _Handler) -> web.StreamR
     except (ConnectionError, TimeoutError):
         raise
     except Exception:
-        _log.exception("%s %s failed", request.method, request.path)
+        _log.exception("%s %s failed", quoted(request.method), quoted(request.path))
         return _response(request, ApiError(500, "internal error; see journalctl -u mmd-gateway", code="internal_error"))
 
 

@@ -20,6 +20,7 @@ from mmd.gateway.serving import Heir
 from mmd.gateway.ticket import Ticket
 from mmd.gateway.tunnel import RESET, Patience, Tunnel
 from mmd.names import UnitName
+from mmd.printable import quoted
 
 __all__ = ["TunnelServer"]
 
@@ -82,7 +83,7 @@ class TunnelServer:
         limit = self.dispatcher.config.gateway.connections_per_client
         if limit is not None and not self._clients.come(visit, peer, limit, fresh=fresh) and fresh:
             message = "its client has as many as it may (gateway.connections_per_client)"
-            _log.warning("a connection to the port of %s is closed: %s", self.model, message)
+            _log.warning("a connection to the port of %s is closed: %s", quoted(self.model), message)
             visit.abort()
 
     def went(self, visit: "_Visit") -> None:
@@ -121,7 +122,7 @@ class TunnelServer:
         while any(visit.busy for visit in self.connections) and self._loop.time() - begun < timeout_s:  # noqa: ASYNC110
             await asyncio.sleep(_POLL_S)
         if busy := sum(visit.busy for visit in self.connections):
-            _log.warning("%d connections to the port of %s are cut off after gateway.drain_timeout", busy, self.model)
+            _log.warning("%d connections to the port of %s are cut off after gateway.drain_timeout", busy, quoted(self.model))
         for visit in tuple(self.connections):
             visit.abort()
 
@@ -158,13 +159,13 @@ class _Visit:
         try:
             await (self._readmit() if again else self._pursue())
         except ApiError as error:
-            _log.warning("a connection to the port of %s is closed: %s", self._server.model, error.message)
+            _log.warning("a connection to the port of %s is closed: %s", quoted(self._server.model), error.message)
             self.abort()
         except OSError as error:  # the client has gone meanwhile
-            _log.info("a connection to the port of %s has ended: %s", self._server.model, error)
+            _log.info("a connection to the port of %s has ended: %s", quoted(self._server.model), error)
             self.abort()
         except Exception:
-            _log.exception("a connection to the port of %s failed", self._server.model)
+            _log.exception("a connection to the port of %s failed", quoted(self._server.model))
             self.abort()
 
     async def _pursue(self) -> None:

@@ -13,6 +13,7 @@ import sys
 from collections.abc import Sequence
 
 from mmd.errors import MmdError
+from mmd.printable import printable
 from mmd.runner.options import parse
 from mmd.runner.supervisor import Supervisor
 
@@ -30,6 +31,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         options = parse(sys.argv[1:] if argv is None else argv)
     except MmdError as error:
-        print(f"mmd-runner: {error}", file=sys.stderr)
+        print(f"mmd-runner: {printable(str(error))}", file=sys.stderr)
         return _EX_USAGE
     return Supervisor(options, os.environ).run()

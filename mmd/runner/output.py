@@ -5,6 +5,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 
 from mmd.engines.base import ProgressPattern
+from mmd.printable import printable
 
 __all__ = ["EngineLog"]
 
@@ -54,7 +55,7 @@ class EngineLog:
 
     @property
     def tail(self) -> tuple[str, ...]:
-        """The last lines, oldest first, without colours."""
+        """The last lines, oldest first, without colours and control characters."""
         return tuple(self._tail)
 
     def start_serving(self) -> None:
@@ -116,4 +117,6 @@ def _shape(line: str) -> str:
 
 
 def _text(raw: bytes) -> str:
-    return _ESCAPE.sub("", raw[: 4 * _LINE_CHARACTERS].decode(errors="replace"))[:_LINE_CHARACTERS].rstrip()
+    """What is kept is shown on terminals, in answers and in `systemctl status`: control characters are escapes there."""
+    text = _ESCAPE.sub("", raw[: 4 * _LINE_CHARACTERS].decode(errors="replace")).replace("\t", " ").rstrip()
+    return printable(text)[:_LINE_CHARACTERS]

@@ -26,6 +26,7 @@ from pathlib import Path
 from mmd.engines import engine
 from mmd.engines.base import HttpCall
 from mmd.errors import MmdError
+from mmd.printable import printable
 from mmd.report import FailureReason, Report
 from mmd.runner.check import Check, CommandCheck, HttpCheck, Outcome
 from mmd.runner.launch import choose_port, engine_environment, expand, macros, visible_devices, write_report
@@ -75,7 +76,7 @@ class Supervisor:
         self._environment = environment
         """The unit's; the engine's once it is launched."""
         self._invocation = environment.get("INVOCATION_ID", "")
-        self._notifier = Notifier()
+        self._notifier = Notifier(report=_complain)  # model units take no level from a prefix: engines would set it as well
         self._watchdog_s = watchdog_interval_s(environment) or 0.0
         self._log = EngineLog(self._engine.progress, self._engine.out_of_memory, _pass_on)
         self._loop = Loop((signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGCHLD))
@@ -341,7 +342,7 @@ class Supervisor:
             reason, message = FailureReason.OUT_OF_MEMORY, f"{message}: it ran out of GPU memory"
         self._report(ready=False, failure=reason, message=message)
         self._say(message)
-        print(f"mmd-runner: {message}", file=sys.stderr, flush=True)
+        _complain(message)
         self._exit_status = 1 if served else _EX_UNAVAILABLE
         return self._exit_status
 
@@ -370,6 +371,10 @@ class Supervisor:
             tail=self._log.tail if failure else (),
         )
         write_report(self._options, report)
+
+
+def _complain(message: str) -> None:
+    print(f"mmd-runner: {printable(message)}", file=sys.stderr, flush=True)
 
 
 def _pass_on(line: bytes) -> None:

@@ -1,39 +1,82 @@
 """The journal: the command of `mmdctl logs`, and a reader of entries as they come.
 
-Model units mark what their processes write with the fields MMD_MODEL, the model's unit id, and MMD_ROLE (LogExtraFields=,
-systemd.exec(5)). systemd 252 does not mark its own lines about a unit ("Started ...", "Failed ..."): those carry UNIT=, or
-USER_UNIT= from a user manager. A match takes no globs, so the instances that systemd has ever logged about are looked up first.
+Any process may write to the journal, with any fields that it likes: MMD_MODEL=, UNIT=, MMD_ROLE=. Only fields that begin with
+an underscore are journald's own (systemd.journal-fields(7)). So an entry is of a unit if journald says so (_SYSTEMD_UNIT=), or
+if PID 1 says something about the unit (UNIT=, and _PID=1). In a user's journal both come from processes of that user, as do the
+units.
+
+A match takes no globs. Past entries are found by journalctl's own expansion (--unit=, which matches trusted fields only).
+Instances that start later have no match of their own: new entries are matched by what model units mark theirs with
+(LogExtraFields=, systemd.exec(5)), and each is then checked by what cannot be forged.
 """
 
 import asyncio
 import contextlib
 import json
 import os
-import subprocess
+import time
 from asyncio.subprocess import DEVNULL, PIPE
-from collections.abc import AsyncGenerator, Sequence
-from dataclasses import dataclass
-from fnmatch import filter as fnmatch_filter
+from collections.abc import AsyncGenerator, Mapping, Sequence
+from contextlib import aclosing
+from dataclasses import dataclass, field
 from typing import Any, Final
 
 from mmd.errors import MmdError
 from mmd.names import UnitName
 
-__all__ = ["ENTRY_FIELDS", "JournalEntry", "command", "entries"]
+__all__ = ["CURSOR_PATTERN", "LINES_MAX", "JournalEntry", "JournalQuery", "command", "entries"]
 
 # One entry of `-o json --all`. journald cuts a line of output at 48 KiB (LineMax=), which JSON may escape sixfold.
 _MAX_ENTRY_BYTES: Final = 1 << 20
 
+# What a process writes by itself, not line by line, may be longer.
+_MAX_MESSAGE_CHARACTERS: Final = 48 << 10
+_MAX_IDENTIFIER_CHARACTERS: Final = 200
+
 _INFO: Final = 6
 
-# Marks what mmd's own services write (LogExtraFields= of their units); models have a role of their own.
-_OWN_ROLES: Final = ("MMD_ROLE=gateway", "MMD_ROLE=reload")
+LINES_MAX: Final = 10_000
+"""The most lines of the past that can be asked for at once."""
 
-ENTRY_FIELDS: Final = (
-    *("MESSAGE", "PRIORITY", "MMD_MODEL", "SYSLOG_IDENTIFIER", "_PID"),
+CURSOR_PATTERN: Final = r"[a-z]=[0-9a-f]{1,32}(;[a-z]=[0-9a-f]{1,32}){1,7}"
+"""As journald makes cursors (sd_journal_get_cursor(3))."""
+
+_FIELDS: Final = (
+    *("MESSAGE", "PRIORITY", "SYSLOG_IDENTIFIER", "_PID", "_UID"),
     *("_SYSTEMD_UNIT", "UNIT", "USER_UNIT", "_SYSTEMD_USER_UNIT"),
 )
-"""What `entries` needs of a journal entry (journalctl --output-fields=)."""
+
+# What the units of mmd mark their entries with, or are in; anybody may say the former.
+_MARKS_OF_ALL: Final = ("MMD_ROLE=model", "_SYSTEMD_SLICE=mmd.slice", "_SYSTEMD_SLICE=mmd-models.slice")
+
+
+@dataclass(frozen=True, slots=True)
+class JournalQuery:
+    """Which entries are meant."""
+
+    model: str | None = None
+    """The unit id of a model; None: all units of mmd."""
+    lines: int | None = None
+    """The last so many of those that are there; None: all of them."""
+    follow: bool = False
+    """And all that come, for ever."""
+    after: str = ""
+    """A cursor: only what follows it, and all of that."""
+    since: str = ""
+    """A time as journalctl(1) takes it: only what is later."""
+    begun: float = field(default_factory=time.time, compare=False)
+    """Unix seconds: what is later counts as new."""
+
+    @property
+    def units(self) -> str:
+        """The glob of the units' names."""
+        return "mmd-*" if self.model is None else f"mmd-model-{self.model}@*.service"
+
+    def includes(self, unit: str) -> bool:
+        """Whether a unit of this name is meant."""
+        if self.model is None:
+            return unit.startswith("mmd-")
+        return unit.startswith(f"mmd-model-{self.model}@") and unit.endswith(".service")
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,53 +93,57 @@ class JournalEntry:
     unit: str
     """The unit that wrote it, or that systemd wrote it about."""
     identifier: str
+    """What the process calls itself: it may say what it likes."""
     pid: int
     cursor: str = ""
     """Where in the journal it is."""
 
 
-def command(
-    model: str | None,
-    unit_glob: str,
-    *,
-    user: bool = False,
-    follow: bool = False,
-    lines: int | None = None,
-    since: str | None = None,
-    after: str | None = None,
-    output: str | None = None,
-    fields: Sequence[str] = (),
-    own: bool = False,
-) -> list[str]:
-    """The journalctl command line for a model's lines and systemd's lines about its units (`unit_glob`).
-
-    `model` is a unit id; None: all models; `own`: and what mmd's own services write. `lines`, `since` and `output` are what
-    journalctl(1) takes, `after` a cursor: all that follows it. MmdError when journalctl cannot be run.
-    """
-    argv = ["journalctl", *(["--follow"] if follow else [])]
-    argv += [f"--lines={lines}"] if lines is not None else []
-    argv += [f"--since={since}"] if since is not None else []
-    argv += [f"--after-cursor={after}", "--lines=all"] if after is not None else []
-    argv += [f"--output={output}"] if output is not None else []
-    argv += [f"--output-fields={','.join(fields)}", "--all"] if fields else []
+def command(query: JournalQuery, *, user: bool) -> list[str]:
+    """The journalctl command line for what is in the journal already."""
+    argv = ["journalctl"]
+    argv += [f"--lines={query.lines}"] if query.lines is not None and not query.after else []
+    argv += [f"--since={query.since}"] if query.since else []
+    argv += [f"--after-cursor={query.after}"] if query.after else []
     # Not --user: that reads journals split by user only, of which there are none when the journal is volatile.
-    owner = [f"_UID={os.getuid()}"] if user else []
-    argv += [*owner, "MMD_ROLE=model" if model is None else f"MMD_MODEL={model}"]
-    # A user manager marks nothing (systemd.exec(5), LogExtraFields= is for system services): there the unit tells.
-    unit_fields = ("USER_UNIT", "_SYSTEMD_USER_UNIT") if user else ("UNIT",)
-    units = sorted(fnmatch_filter(_values(unit_fields[0]), unit_glob))
-    for unit_field in unit_fields if units else ():
-        argv += ["+", *owner, *(f"{unit_field}={unit}" for unit in units)]
-    argv += ["+", *owner, *_OWN_ROLES] if own else []
-    return argv
+    return [*argv, f"--{'user-' if user else ''}unit={query.units}"]
 
 
-async def entries(argv: Sequence[str]) -> AsyncGenerator[JournalEntry, None]:
-    """The entries that `command(..., output="json", fields=ENTRY_FIELDS)` prints, for ever when it follows.
+async def entries(query: JournalQuery, *, user: bool) -> AsyncGenerator[JournalEntry, None]:
+    """The entries of the system's units, or of the calling user's; for ever when they are followed.
 
     Close the generator (contextlib.aclosing) to end journalctl. An entry longer than 1 MiB is left out. MmdError when
     journalctl fails.
     """
+    output = ("--quiet", "--output=json", f"--output-fields={','.join(_FIELDS)}", "--all")
+    seen = set()  # what is found twice: what came after the query was made
+    if query.lines != 0 or query.after:
+        program, *arguments = command(query, user=user)
+        async with aclosing(_run((program, *output, *arguments))) as found:
+            async for raw in found:
+                entry = _entry(raw, query, user=user)
+                if entry is not None:
+                    seen.update([entry.cursor] if entry.time >= query.begun else [])
+                    yield entry
+    if not query.follow:
+        return
+    follow = ("--follow", "--no-tail", f"--since=@{query.begun:.6f}")
+    async with aclosing(_run(("journalctl", *output, *follow, *_coming(query, user=user)))) as found:
+        async for raw in found:
+            entry = _entry(raw, query, user=user)
+            if entry is not None and entry.cursor not in seen:
+                yield entry
+
+
+def _coming(query: JournalQuery, *, user: bool) -> list[str]:
+    """Matches of everything that may be meant, and of more."""
+    if user:
+        return [f"_UID={os.getuid()}"]
+    marks = _MARKS_OF_ALL if query.model is None else (f"MMD_MODEL={query.model}",)
+    return [word for mark in marks for word in (mark, "+")] + ["_PID=1"]
+
+
+async def _run(argv: Sequence[str]) -> AsyncGenerator[dict[str, Any], None]:
     try:
         process = await asyncio.create_subprocess_exec(*argv, stdin=DEVNULL, stdout=PIPE, stderr=PIPE, limit=_MAX_ENTRY_BYTES)
     except OSError as error:
@@ -112,7 +159,8 @@ async def entries(argv: Sequence[str]) -> AsyncGenerator[JournalEntry, None]:
                 raw = json.loads(line)
             except ValueError:  # longer than the limit: readline() has discarded some, and what is left of it is no JSON
                 continue
-            yield _entry(raw)
+            if isinstance(raw, dict):
+                yield raw
         message = (await process.stderr.read()).decode(errors="replace").strip()
         if await process.wait() != 0:
             raise MmdError(f"journalctl: {message}")
@@ -122,39 +170,38 @@ async def entries(argv: Sequence[str]) -> AsyncGenerator[JournalEntry, None]:
         await process.wait()
 
 
-def _values(field: str) -> list[str]:
-    """The distinct values that `field` has in the journal."""
-    argv = ["journalctl", "--quiet", f"--field={field}"]
-    try:
-        done = subprocess.run(argv, stdin=subprocess.DEVNULL, capture_output=True, text=True, errors="replace", check=True)
-    except (OSError, subprocess.CalledProcessError) as error:
-        detail = error.stderr.strip() if isinstance(error, subprocess.CalledProcessError) else error.strerror
-        raise MmdError(f"cannot read the journal: {detail}", hint=" ".join(argv)) from error
-    return done.stdout.splitlines()
-
-
-def _entry(raw: dict[str, Any]) -> JournalEntry:
+def _entry(raw: Mapping[str, Any], query: JournalQuery, *, user: bool) -> JournalEntry | None:
+    """The entry, if it is of a unit that is meant by what its writer cannot forge."""
     fields = {key: _field(value) for key, value in raw.items()}
+    if user and fields.get("_UID") != str(os.getuid()):
+        return None
+    by = fields.get("_SYSTEMD_USER_UNIT" if user else "_SYSTEMD_UNIT", "")
+    about = fields.get("USER_UNIT", "") if user else fields.get("UNIT", "") if fields.get("_PID") == "1" else ""
+    unit = next(filter(query.includes, (about, by)), None)
+    if unit is None:
+        return None
+    name = UnitName.parse(by)
     return JournalEntry(
-        time=int(fields["__REALTIME_TIMESTAMP"]) / 1e6,
-        message=fields.get("MESSAGE", ""),
-        priority=int(fields.get("PRIORITY", _INFO)),
-        model=fields.get("MMD_MODEL") or _model(fields.get("_SYSTEMD_USER_UNIT", "")),
-        unit=fields.get("UNIT") or fields.get("USER_UNIT") or fields.get("_SYSTEMD_UNIT", ""),
-        identifier=fields.get("SYSLOG_IDENTIFIER", ""),
-        pid=int(fields.get("_PID", 0)),
+        time=_number(fields.get("__REALTIME_TIMESTAMP"), 0) / 1e6,
+        message=fields.get("MESSAGE", "")[:_MAX_MESSAGE_CHARACTERS],
+        priority=min(_number(fields.get("PRIORITY"), _INFO), 7),
+        model="" if name is None else name.id,
+        unit=unit,
+        identifier=fields.get("SYSLOG_IDENTIFIER", "")[:_MAX_IDENTIFIER_CHARACTERS],
+        pid=_number(fields.get("_PID"), 0),
         cursor=fields.get("__CURSOR", ""),
     )
 
 
-def _model(unit: str) -> str:
-    """The unit id in the name of a user's model unit, whose lines need not be marked; "" for other units."""
-    name = UnitName.parse(unit)
-    return "" if name is None else name.id
+def _number(text: str | None, default: int) -> int:
+    """A process may say anything of its PRIORITY=."""
+    return int(text) if text is not None and len(text) <= 20 and text.isascii() and text.isdecimal() else default
 
 
 def _field(value: Any) -> str:
     """A field of journalctl's JSON: a string, bytes as a list of numbers, or a list of values, of which the last is taken."""
     if isinstance(value, list):
+        if not value:
+            return ""
         return bytes(value).decode(errors="replace") if all(isinstance(item, int) for item in value) else _field(value[-1])
     return value if isinstance(value, str) else ""

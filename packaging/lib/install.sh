@@ -7,7 +7,7 @@ home=/usr/lib/mmd
 manifest=$home.manifest # beside, since $home is exchanged as a whole
 downloads=/var/cache/mmd-downloads # what packaging/locks names: ./environment.sh
 # What systemd starts for the gateway, which may do none of it; and the watch on the configuration.
-helpers=(mmd-reload.path mmd-gpu-probe.socket mmd-registrar.socket mmd-unit-broker.socket)
+helpers=(mmd-reload.path mmd-gpu-probe.socket mmd-registrar.socket mmd-unit-broker.socket mmd-journal.socket)
 
 # exchange NEW OLD: renameat2(2); coreutils of Debian 12 has no command for it.
 exchange() {
@@ -91,7 +91,7 @@ put_manuals() {
 make_users() {
     systemd-sysusers mmd.conf
     systemd-tmpfiles --create mmd.conf
-    remark "mmd, mmd-fetch, mmd-probe, groups mmd-admin, mmd-model"
+    remark "mmd, mmd-fetch, mmd-journal, mmd-probe, groups mmd-admin, mmd-model"
 }
 
 # default_configuration DEMO: the demonstration, where there is no configuration; nobody's file is overwritten.
@@ -172,7 +172,7 @@ purge() {
     local user group
     rm -rf /etc/mmd /var/lib/mmd /var/cache/mmd /etc/systemd/system/mmd-*.d
     # mmd-model: of versions in which all engines had the same user.
-    for user in mmd mmd-fetch mmd-probe mmd-model $(model_users); do
+    for user in mmd mmd-fetch mmd-journal mmd-probe mmd-model $(model_users); do
         ! getent passwd "$user" >/dev/null || userdel "$user"
     done
     for group in mmd-admin mmd-model; do

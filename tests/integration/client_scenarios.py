@@ -29,6 +29,7 @@ from mmd.systemd.errors import (
     SystemdNoSuchUnitError,
     SystemdTimeoutError,
 )
+from mmd.systemd.journal import JournalQuery
 from mmd.systemd.unit import ActiveState, Connected, Disconnected, Event, JobResult, UnitChanged, UnitState
 
 UNITS = Path("/run/systemd/system")
@@ -500,19 +501,23 @@ async def logs() -> None:
     async with connected() as (systemd, _):
         assert await systemd.start(unit("speaks")) is JobResult.DONE
         assert await systemd.start(unit("sleeps")) is JobResult.DONE
-        argv = journal.command("speaks", "mmd-model-speaks@*.service", follow=True, output="json", fields=journal.ENTRY_FIELDS)
-        await show("engine says", "Started", argv)
-        every = journal.command(None, "mmd-model-*@*.service", output="json", fields=journal.ENTRY_FIELDS)
-        async with aclosing(journal.entries(every)) as entries:
+        for query in (JournalQuery("speaks"), JournalQuery("speaks", follow=True)):
+            await show("engine says", "Started", query)
+        async with aclosing(journal.entries(JournalQuery(), user=False)) as entries:
             units = {entry.unit async for entry in entries}
         assert {unit("speaks"), unit("sleeps")} <= units
+        async with asyncio.timeout(10), aclosing(journal.entries(JournalQuery("speaks", 0, True), user=False)) as entries:
+            late = asyncio.create_task(anext(entries))
+            await asyncio.sleep(0.5)
+            assert await systemd.start(unit("speaks", 1)) is JobResult.DONE
+            assert (await late).unit == unit("speaks", 1), "an instance that was never there before"
 
 
-async def show(engine_text: str, systemd_text: str, argv: list[str], *, user_unit: bool = False) -> None:
+async def show(engine_text: str, systemd_text: str, query: JournalQuery, *, user: bool = False) -> None:
     found: dict[str, journal.JournalEntry] = {}
-    async with asyncio.timeout(10), aclosing(journal.entries(argv)) as entries:
+    async with asyncio.timeout(10), aclosing(journal.entries(query, user=user)) as entries:
         async for entry in entries:
-            assert "mmd-model-speaks@0.service" in entry.unit or user_unit, entry
+            assert entry.unit == unit("speaks"), entry
             found |= {text: entry for text in (engine_text, systemd_text) if text in entry.message}
             if len(found) == 2:
                 break
@@ -537,10 +542,7 @@ async def user_manager() -> None:
     try:
         assert await systemd.start(unit("speaks")) is JobResult.DONE
         assert [state.unit for state in await systemd.list_models()] == [unit("speaks")]
-        argv = journal.command(
-            "speaks", "mmd-model-speaks@*.service", user=True, follow=True, output="json", fields=journal.ENTRY_FIELDS
-        )
-        await show("engine says", "Started", argv, user_unit=True)
+        await show("engine says", "Started", JournalQuery("speaks", follow=True), user=True)
         assert await systemd.stop(unit("speaks")) is JobResult.DONE
     finally:
         await systemd.close()

@@ -54,6 +54,10 @@ def test_unit_broker_is_sandboxed() -> None:
     assert exposure(UNITS / "mmd-unit-broker@.service") <= 0.8
 
 
+def test_journal_reader_is_sandboxed() -> None:
+    assert exposure(UNITS / "mmd-journal@.service") <= 0.5
+
+
 @pytest.fixture(scope="module")
 def units(booted: Testbed) -> Testbed:
     """The shipped units, users and directories in place; the sockets and programs are stand-ins."""

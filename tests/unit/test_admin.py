@@ -10,12 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from admin_gateway import Administered, with_admin
+from admin_gateway import Administered, scope_in, with_admin
 from relay_gateway import Script, chat_bytes, ok_answer, read_request, until
 
 from mmd.gateway.admin.openapi import document
 from mmd.policy.actions import Sleep, Stop
 from mmd.policy.events import Observed, Phase
+from mmd.scope import ScopeKind
 
 MODEL = "/api/v1/models/demo%2Fllama%208b"
 
@@ -334,15 +335,21 @@ def test_a_client_that_does_not_keep_up_is_sent_away(tmp_path: Path) -> None:
 
 @pytest.fixture
 def journalctl(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A journalctl that knows no units, and prints the file `journal`; it notes its arguments, and waits if it is to follow."""
+    """A journalctl that prints the file `journal`, and notes its arguments; nothing comes when it is to follow."""
     program = tmp_path / "journalctl"
     program.write_text(
-        '#!/bin/sh\ncd "${0%/*}"\ncase $* in *--field=*) exit ;; esac\nprintf "%s\\n" "$@" >arguments\ncat journal\n'
-        "case $* in *--follow*) exec sleep 30 ;; esac\n"
+        '#!/bin/sh\ncd "${0%/*}"\ncase $* in *--follow*) exec sleep 30 ;; esac\nprintf "%s\\n" "$@" >arguments\ncat journal\n'
     )
     program.chmod(0o755)
     lines = [
-        {"__CURSOR": f"s=a;i={n}", "__REALTIME_TIMESTAMP": "1000000", "MESSAGE": f"line {n}", "PRIORITY": "6", "MMD_MODEL": "m"}
+        {
+            "__CURSOR": f"s=a;i={n}",
+            "__REALTIME_TIMESTAMP": "1000000",
+            "MESSAGE": f"line {n}",
+            "PRIORITY": "6",
+            "_UID": str(os.getuid()),
+            "_SYSTEMD_USER_UNIT": "mmd-model-m@0.service",
+        }
         for n in (1, 2)
     ]
     (tmp_path / "journal").write_text("".join(json.dumps(line) + "\n" for line in lines))
@@ -359,21 +366,19 @@ def test_logs_of_a_model_and_of_all(tmp_path: Path, journalctl: Path) -> None:
             "message": "line 1",
             "priority": 6,
             "model": "m",
-            "unit": "",
+            "unit": "mmd-model-m@0.service",
             "identifier": "",
             "pid": 0,
         }
         words = (journalctl / "arguments").read_text().split()
-        assert words[0] == "--lines=5"
-        assert words[-1] == "MMD_MODEL=m"
+        assert words[-2:] == ["--lines=5", "--user-unit=mmd-model-m@*.service"]
         await admin.events("/api/v1/logs", **{"Last-Event-ID": "s=a;i=2"})
         words = (journalctl / "arguments").read_text().split()
-        assert words[:2] == ["--after-cursor=s=a;i=2", "--lines=all"]
-        assert words[-2:] == ["MMD_ROLE=gateway", "MMD_ROLE=reload"]
+        assert words[-2:] == ["--after-cursor=s=a;i=2", "--user-unit=mmd-*"]
         async with admin.http.get("/api/v1/logs", headers={"Last-Event-ID": "--file=/etc/shadow"}) as answer:
             assert answer.status == 400
 
-    with_admin(tmp_path, Script(), check)
+    with_admin(tmp_path, Script(), check, scope=scope_in(tmp_path)._replace(kind=ScopeKind.USER))
 
 
 def test_logs_that_are_followed_end_with_the_gateway_and_with_their_client(tmp_path: Path, journalctl: Path) -> None:
@@ -386,12 +391,21 @@ def test_logs_that_are_followed_end_with_the_gateway_and_with_their_client(tmp_p
                     await answer.content.read()
             await until(lambda: not admin.running.handlers)
 
-    with_admin(tmp_path, Script(), check)
+    with_admin(tmp_path, Script(), check, scope=scope_in(tmp_path)._replace(kind=ScopeKind.USER))
 
 
 def test_a_journal_that_cannot_be_read_is_said_so(tmp_path: Path, journalctl: Path) -> None:
     (journalctl / "journalctl").write_text("#!/bin/sh\necho 'No access' >&2\nexit 1\n")
 
+    async def check(admin: Administered) -> None:
+        (event,) = await admin.events("/api/v1/logs")
+        assert event["event"] == "error"
+        assert "No access" in event["data"]["message"]
+
+    with_admin(tmp_path, Script(), check, scope=scope_in(tmp_path)._replace(kind=ScopeKind.USER))
+
+
+def test_without_a_reader_of_the_journal_logs_are_unavailable(tmp_path: Path) -> None:
     async def check(admin: Administered) -> None:
         async with admin.http.get("/api/v1/logs") as answer:
             assert answer.status == 503

@@ -197,6 +197,7 @@ def test_the_log_says_who_asked_for_a_change(tmp_path: Path, caplog: pytest.LogC
     async def body(admin: Admin) -> None:
         await admin.on_socket("POST", "/api/v1/models/demo%2Fm/stop")
         await admin.on_socket("POST", "/api/v1/models/a%1Bb/stop")
+        await admin.on_socket("POST", "/api/v1/models/x%2C%20asked%20by%20uid%200/start")
         await admin.on_socket("POST", "/api/v1/reload?secret=1")
         await admin.on_socket("GET", "/api/v1/status")
         await admin.ask("POST", "/api/v1/models/demo%2Fm/start", ADMIN)
@@ -206,7 +207,8 @@ def test_the_log_says_who_asked_for_a_change(tmp_path: Path, caplog: pytest.LogC
         check(tmp_path, body)
     assert [record.message for record in caplog.records if record.name == "mmd.gateway.admin_access"] == [
         f"stop demo/m, asked by uid 0 (root), pid {os.getpid()}",
-        f"POST /api/v1/models/a%1Bb/stop, asked by uid 0 (root), pid {os.getpid()}",
+        f"stop 'a\\x1bb', asked by uid 0 (root), pid {os.getpid()}",
+        f"start 'x, asked by uid 0', asked by uid 0 (root), pid {os.getpid()}",
         f"POST /api/v1/reload, asked by uid 0 (root), pid {os.getpid()}",
         "start demo/m, asked by the API key operator at 127.0.0.1",
     ]

@@ -34,7 +34,7 @@ esac
 JOURNALCTL = """\
 #!/bin/sh
 case "$*" in
-*--field=USER_UNIT*) printf 'mmd-model-idle@0.service\\nmmd-model-idle2@0.service\\nmmd-gateway.service\\nssh.service\\n' ;;
+*--follow*_UID=*) cat "$MMD_TEST/entries" ;;
 *) echo "$*" >> "$MMD_TEST/asked" ;;
 esac
 """
@@ -274,14 +274,31 @@ def test_cat_becomes_systemctl_cat_whether_the_gateway_runs_or_not(machine: Mach
 
 
 def test_logs_becomes_journalctl(machine: Machine) -> None:
-    for words in (["lazy", "-f", "-n", "5"], ["--gateway", "--since", "10 min ago"], []):
+    for words in (["lazy", "-n", "5"], ["--gateway", "-f", "--since", "10 min ago"], []):
         assert machine.run("logs", *words).returncode == 0
-    model, gateway, everything = (line.split() for line in machine.asked())
-    assert model[:2] == ["--follow", "--lines=5"]
-    assert {"MMD_MODEL=idle", "USER_UNIT=mmd-model-idle@0.service"} <= set(model)
-    assert "USER_UNIT=mmd-model-idle2@0.service" not in model
-    assert gateway == ["--since=10", "min", "ago", "--user-unit=mmd-gateway.service"]
-    units = {f"USER_UNIT=mmd-{unit}.service" for unit in ("gateway", "model-idle@0", "model-idle2@0")}
-    assert {"MMD_ROLE=model", "MMD_ROLE=gateway", "MMD_ROLE=reload", *units} <= set(everything)
-    assert "USER_UNIT=ssh.service" not in everything
+    assert machine.asked() == [
+        "--lines=5 --user-unit=mmd-model-idle@*.service",
+        "--user-unit=mmd-gateway.service --follow --since=10 min ago",
+        "--user-unit=mmd-*",
+    ]
     assert machine.run("logs", "nothing").returncode == 4
+
+
+def test_logs_that_are_followed_are_checked_and_printed_without_escape_sequences(machine: Machine) -> None:
+    own = {"_UID": str(os.getuid()), "__REALTIME_TIMESTAMP": "0", "_PID": "7", "SYSLOG_IDENTIFIER": "mmd-idle\x1b[2J"}
+    entries = [
+        {**own, "__CURSOR": "1", "_SYSTEMD_USER_UNIT": "mmd-model-idle@0.service", "MESSAGE": "loading\x1b]0;x\x07\nmore"},
+        {**own, "__CURSOR": "2", "_SYSTEMD_USER_UNIT": "mmd-model-idle2@0.service", "MESSAGE": "forged", "MMD_MODEL": "idle"},
+        {**own, "__CURSOR": "3", "_SYSTEMD_USER_UNIT": "mmd-model-idle@1.service", "MESSAGE": "started later"},
+    ]
+    (machine.root / "entries").write_text("".join(json.dumps(entry) + "\n" for entry in entries))
+    done = machine.run("logs", "lazy", "-f")
+    assert done.returncode == 0
+    said = [line.partition(" mmd-idle")[2] for line in done.stdout.splitlines()]
+    assert said == [
+        "\\x1b[2J[7]: loading\\x1b]0;x\\x07",
+        "\\x1b[2J[7]: more",
+        "\\x1b[2J[7]: started later",
+    ]
+    (past,) = machine.asked()
+    assert "--lines=10" in past.split()

@@ -137,4 +137,5 @@ def test_sizes_and_moments_in_words() -> None:
 def test_text_is_cut_and_cleaned() -> None:
     assert fit("abcdef", 4) == "abc…"
     assert fit("abcdef", 2, ellipsis="...") == "ab"
-    assert printable("a\x1b[31mb\x07\tc\nd\x9b") == "ab c d"
+    assert printable("a\x1b[31mb\x07\tc\nd\x9b") == "ab\\x07 c d\\x9b"
+    assert printable("\x1b]0;title\x07\x1b[2J\u202ex") == "\\x1b]0;title\\x07\\x1b[2J\\u202ex"

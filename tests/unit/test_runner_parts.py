@@ -108,6 +108,13 @@ def test_progress_is_what_was_not_said_before() -> None:
     assert journal.log.steps == 6
 
 
+def test_what_is_kept_of_a_log_drives_no_terminal() -> None:
+    journal = Journal()
+    journal.log.feed(b"\x1b[31mred\x1b[0m\x1b]0;title\x07\x1b[2J\tend\xe2\x80\xae\n")
+    assert journal.log.tail == ("red\\x1b]0;title\\x07 end\\u202e",)
+    assert b"\x1b]0;title" in journal.lines[-1], "the journal has it as it was"
+
+
 def test_a_flood_of_words_is_bounded() -> None:
     journal = Journal()
     for number in range(3000):

@@ -1,6 +1,5 @@
 """Lines of the journal: of one model, or of all of mmd."""
 
-import asyncio
 import re
 from asyncio import Event as Closing
 from collections.abc import AsyncGenerator
@@ -17,26 +16,25 @@ from mmd.gateway.admin.route import EVENT_STREAM, LAST_EVENT_ID, ApiResponse, Pa
 from mmd.gateway.admin.stream import EventStream, until
 from mmd.gateway.api_error import ApiError, no_such_model
 from mmd.gateway.dispatcher import Dispatcher
-from mmd.scope import Scope, ScopeKind
-from mmd.systemd.journal import ENTRY_FIELDS, JournalEntry, command, entries
+from mmd.scope import Scope
+from mmd.systemd.journal import CURSOR_PATTERN, LINES_MAX, JournalEntry, JournalQuery, entries
+from mmd.systemd.journal_service import served_entries
 
 __all__ = ["LogRoutes"]
 
 _LINES: Final = 100
-_LINES_MAX: Final = 10_000
 
-# Each is a journalctl.
+# Each is a process that reads, and its journalctl (MaxConnections= of mmd-journal.socket).
 _STREAMS_MAX: Final = 16
 
-# As journald makes them (sd_journal_get_cursor(3)).
-_CURSOR: Final = re.compile(r"[a-z]=[0-9a-f]+(;[a-z]=[0-9a-f]+){1,7}")
+_CURSOR: Final = re.compile(CURSOR_PATTERN)
 
 
 class LogRoutes:
     def __init__(self, dispatcher: Dispatcher, scope: Scope, closing: Closing) -> None:
         """`closing`: set when streams have to end."""
         self._dispatcher = dispatcher
-        self._user = scope.kind is ScopeKind.USER
+        self._socket = scope.journal_socket
         self._closing = closing
         self._open = 0
 
@@ -51,14 +49,14 @@ class LogRoutes:
                 "The log",
                 ApiResponse("Server-sent events: `data` is a LogLine, `id` its cursor in the journal.", LogLine, EVENT_STREAM),
                 description="What systemd says of a model's units is among it. An event `error` says that no more can be read.",
-                parameters=(model, FOLLOW, lines("The last so many.", _LINES_MAX, _LINES), cursor),
+                parameters=(model, FOLLOW, lines("The last so many.", LINES_MAX, _LINES), cursor),
                 errors=(404, 429, 503),
                 private=True,  # engines may log what they are asked
             )
         ]
 
     async def logs(self, request: web.Request) -> web.StreamResponse:
-        follow, most = flag(request, "follow"), number(request, "lines", _LINES, _LINES_MAX)
+        follow, most = flag(request, "follow"), number(request, "lines", _LINES, LINES_MAX)
         name, cursor = request.query.get("model"), request.headers.get("Last-Event-ID") or None
         if cursor and not _CURSOR.fullmatch(cursor):
             raise ApiError(400, "Last-Event-ID is no cursor of the journal", code="bad_parameter", param="Last-Event-ID")
@@ -68,8 +66,9 @@ class LogRoutes:
             raise ApiError(429, message, code="too_many_logs", retry_after_s=5)
         self._open += 1
         try:
-            argv = await asyncio.to_thread(self._command, model_id, follow=follow, most=most, cursor=cursor)
-            return await self._stream(request, entries(argv))
+            query = JournalQuery(model_id, most, follow, cursor or "")
+            found = entries(query, user=True) if self._socket is None else await served_entries(self._socket, query)
+            return await self._stream(request, found)
         except MmdError as error:
             raise ApiError(503, str(error), code="journal_unreadable") from error
         finally:
@@ -83,21 +82,6 @@ class LogRoutes:
         if all(model.id != name for model in config.models.values()):
             raise no_such_model(name, config)
         return name
-
-    def _command(self, model: str | None, *, follow: bool, most: int, cursor: str | None) -> list[str]:
-        """Looks into the journal by itself, which takes a moment."""
-        units = "mmd-*" if model is None else f"mmd-model-{model}@*"
-        return command(
-            model,
-            units,
-            user=self._user,
-            follow=follow,
-            lines=most if cursor is None else None,
-            after=cursor,
-            output="json",
-            fields=ENTRY_FIELDS,
-            own=model is None,
-        )
 
     async def _stream(self, request: web.Request, found: AsyncGenerator[JournalEntry, None]) -> web.StreamResponse:
         stream = EventStream(request)

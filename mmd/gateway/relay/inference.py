@@ -24,6 +24,7 @@ from mmd.gateway.relay.routing import Aim, Route, UnknownAnswerError, not_taken
 from mmd.gateway.relay.visitor import Visitor
 from mmd.gateway.relay.waiting import EVENTS, WaitingExchange, wait_of
 from mmd.gateway.workers import worker_count
+from mmd.printable import quoted
 from mmd.quantity import format_size
 
 if TYPE_CHECKING:
@@ -373,4 +374,4 @@ class InferenceExchange(WaitingExchange):
         if shared.gate.config.gateway.request_log:
             elapsed_s = shared.loop.time() - self._begun
             method, path = self.request.method.decode(), self.request.path.decode()
-            _log.info("%s %s %s %d %.3f s", method, path, model.name, self.status, elapsed_s)
+            _log.info("%s %s %s %d %.3f s", method, path, quoted(model.name), self.status, elapsed_s)

@@ -14,6 +14,7 @@ from mmd.gateway.relay.gate import Place
 from mmd.gateway.relay.head import RequestHead, head_lines
 from mmd.gateway.relay.sandbox import SANDBOX_LINES
 from mmd.names import UnitName
+from mmd.printable import quoted
 from mmd.quantity import DURATION_PATTERN, parse_duration
 
 if TYPE_CHECKING:
@@ -85,7 +86,7 @@ class WaitingExchange(Exchange):
         except ApiError as error:
             self.fail(error)
         except Exception:
-            _log.exception("a request for %s failed", self._model.name if self._model else "no model")
+            _log.exception("a request for %s failed", quoted(self._model.name) if self._model else "no model")
             self.fail(ApiError(500, "internal error; see journalctl -u mmd-gateway", code="internal_error"))
 
     async def _pursue(self) -> None:
