@@ -15,8 +15,8 @@ from mmd.unitfile import assignment, command_line, escape
 
 __all__ = ["Wanted", "cache_environment", "fetch_unit", "fetch_unit_name", "wanted"]
 
-_OWN_CACHE = ("HF_HOME", "HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE", "TRANSFORMERS_CACHE")
-"""A model whose `env` sets one of these brings its weights with it."""
+_OWN_CACHE = ("HF_HOME", "HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE", "TRANSFORMERS_CACHE", "VLLM_USE_MODELSCOPE")
+"""A model whose `env` sets one of these has its weights elsewhere, or from another hub."""
 
 _PASSED_ON = frozenset(
     ["HF_ENDPOINT", "HF_TOKEN", "HF_HUB_DOWNLOAD_TIMEOUT", "SSL_CERT_FILE", "SSL_CERT_DIR"]
