@@ -11,12 +11,13 @@ from typing import NamedTuple
 from mmd.config import EngineKind, Model
 from mmd.sandbox import ANYWHERE, ISOLATION, NO_DEVICES
 from mmd.scope import Scope, ScopeKind
-from mmd.unitfile import assignment, command_line, escape
+from mmd.socket_units import made_by, source_path
+from mmd.unitfile import Directive, assignment, command_line, comment, directives, path, render, text
 
 __all__ = ["Wanted", "cache_environment", "fetch_unit", "fetch_unit_name", "wanted"]
 
-_OWN_CACHE = ("HF_HOME", "HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE", "TRANSFORMERS_CACHE")
-"""A model whose `env` sets one of these brings its weights with it."""
+_OWN_CACHE = ("HF_HOME", "HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE", "TRANSFORMERS_CACHE", "VLLM_USE_MODELSCOPE")
+"""A model whose `env` sets one of these has its weights elsewhere, or from another hub."""
 
 _PASSED_ON = frozenset(
     ["HF_ENDPOINT", "HF_TOKEN", "HF_HUB_DOWNLOAD_TIMEOUT", "SSL_CERT_FILE", "SSL_CERT_DIR"]
@@ -26,17 +27,41 @@ _PASSED_ON = frozenset(
 
 _OPTIONS = ("--tokenizer", "--hf-config-path")
 
-_NETWORK = """\
+_START_ANYWAY = directives("""
+Documentation=man:mmd-generator(8)
+# The gateway counts failures and backs off by itself.
+StartLimitIntervalSec=0
+""")
+
+_FETCHER = directives("""
+User=mmd-fetch
+Group=mmd-fetch
+Type=oneshot
+# It gives up by itself when nothing comes any more; how long a download takes depends on the line.
+TimeoutStartSec=infinity
+# All engines read it.
+CacheDirectory=mmd/huggingface
+CacheDirectoryMode=0755
+UMask=0022
+Slice=mmd-models.slice
+SyslogLevelPrefix=no
+ProtectHome=yes
+MemoryDenyWriteExecute=yes
+""")
+
+_NETWORK = directives("""
 # It needs the network, but no host of the link: there clouds tell an instance its secrets, and so do the other addresses
 # (fd00:ec2::254 Amazon, fd20:ce::254 Google, 100.100.100.200 Alibaba, 192.0.0.192 Oracle). Loopback stays: many a resolver and
 # proxy is there. Where the only resolver has an address of the link, allow it by a drop-in: IPAddressAllow=169.254.169.253
 IPAddressDeny=169.254.0.0/16 fe80::/10 multicast
-IPAddressDeny=fd00:ec2::254/128 fd20:ce::254/128 100.100.100.200/32 192.0.0.192/32"""
+IPAddressDeny=fd00:ec2::254/128 fd20:ce::254/128 100.100.100.200/32 192.0.0.192/32
+""")
 
-_RUN = """\
+_RUN = directives("""
 # Of /run it sees what names are resolved by, and its own directory.
 TemporaryFileSystem=/run:ro,mode=0755,nosuid,nodev
-BindReadOnlyPaths=-/run/systemd/resolve -/run/resolvconf -/run/NetworkManager/resolv.conf -/run/nscd"""
+BindReadOnlyPaths=-/run/systemd/resolve -/run/resolvconf -/run/NetworkManager/resolv.conf -/run/nscd
+""")
 
 
 class Wanted(NamedTuple):
@@ -88,31 +113,32 @@ def fetch_unit(model: Model, *, scope: Scope, bin_dir: str) -> str | None:
     repositories = wanted(model, scope)
     if not repositories:
         return None
-    return "\n".join(_lines(model, repositories, scope, bin_dir)) + "\n"
+    sections = (("Unit", _unit(model)), ("Service", _service(model, repositories, scope, bin_dir)))
+    return render(sections, header=(made_by(f"{model.source}:{model.line}") + ".",))
 
 
-def _lines(model: Model, repositories: tuple[Wanted, ...], scope: Scope, bin_dir: str) -> Iterator[str]:
+def _unit(model: Model) -> Iterator[Directive]:
+    yield from source_path(str(model.source))
+    yield "Description", f"mmd weights of {text(model.name, setting='the name')}"
+    yield from _START_ANYWAY
+
+
+def _service(model: Model, repositories: tuple[Wanted, ...], scope: Scope, bin_dir: str) -> Iterator[Directive]:
+    yield from _FETCHER
     words = (f"{bin_dir}/python", "-I", "-m", "mmd.hub.fetch", *map(str, repositories))
-    yield f"# Made by mmd-generator(8) of {model.source}:{model.line}: change it there, then `mmdctl reload`."
-    yield from ("[Unit]", f"SourcePath={escape(str(model.source))}", f"Description=mmd weights of {escape(model.name)}")
-    yield "Documentation=man:mmd-generator(8)"
-    yield from ("# The gateway counts failures and backs off by itself.", "StartLimitIntervalSec=0")
-    yield from ("", "[Service]", "User=mmd-fetch", "Group=mmd-fetch", "Type=oneshot")
-    yield f"ExecStart={command_line(words)}"
-    yield from ("# It gives up by itself when nothing comes any more; how long a download takes depends on the line.",)
-    yield "TimeoutStartSec=infinity"
+    yield "ExecStart", command_line(words, setting="model, lora or args")
     variables = {"HF_HOME": str(scope.hub_dir), "HOME": str(scope.hub_dir)}
     variables |= {name: value for name, value in model.env.items() if name in _PASSED_ON}
-    yield from (f"Environment={assignment(name, value)}" for name, value in variables.items())
-    yield f"WorkingDirectory={escape(str(scope.hub_dir))}"
-    yield from ("# All engines read it.", "CacheDirectory=mmd/huggingface", "CacheDirectoryMode=0755", "UMask=0022")
-    yield f"RuntimeDirectory=mmd-fetch/{model.id}"
-    yield from ("# The gateway reads there why nothing was fetched.", "RuntimeDirectoryPreserve=yes")
-    yield from ("Slice=mmd-models.slice", f"SyslogIdentifier=mmd-fetch-{model.id}", "SyslogLevelPrefix=no")
-    yield f"LogExtraFields=MMD_MODEL={model.id} MMD_ROLE=fetch"
-    yield from (ANYWHERE, ISOLATION, NO_DEVICES, "ProtectHome=yes", "MemoryDenyWriteExecute=yes", _NETWORK)
-    yield _RUN
-    yield f"BindPaths=/run/mmd-fetch/{model.id}"
+    for name, value in variables.items():
+        yield "Environment", assignment(name, value, setting=f"env.{name}")
+    yield "WorkingDirectory", path(str(scope.hub_dir), setting="the cache's folder")
+    yield "RuntimeDirectory", f"mmd-fetch/{model.id}"
+    yield comment("The gateway reads there why nothing was fetched.")
+    yield "RuntimeDirectoryPreserve", "yes"
+    yield "SyslogIdentifier", f"mmd-fetch-{model.id}"
+    yield "LogExtraFields", f"MMD_MODEL={model.id} MMD_ROLE=fetch"
+    yield from (*ANYWHERE, *ISOLATION, *NO_DEVICES, *_NETWORK, *_RUN)
+    yield "BindPaths", f"/run/mmd-fetch/{model.id}"
 
 
 def _brings_its_own(env: Mapping[str, str]) -> bool:

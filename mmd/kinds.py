@@ -190,8 +190,8 @@ def _read_word(value: Any) -> str:
         return str(value)
     if not isinstance(value, str):  # 1.10 would become 1.1, and true could mean True
         raise bad_value(value, WORD.noun, "quote it" if isinstance(value, bool | float) else "")
-    if "\0" in value:
-        raise BadValueError("holds a NUL character, which no command line or environment can")
+    if found := re.search(f"[{_UNSAYABLE}]", value):
+        raise BadValueError(f"holds U+{ord(found[0]):04X}, which no command line, environment or unit can", "remove it")
     return value
 
 
@@ -341,11 +341,19 @@ def _write_listen(value: tuple[Listen, int | None]) -> str:
 _PORT = r"(?:[1-9][0-9]{0,3}|[1-5][0-9]{4}|6[0-4][0-9]{3}|65[0-4][0-9]{2}|655[0-2][0-9]|6553[0-5])"
 _OCTET = r"(?:[0-9]|[1-9][0-9]|1[0-9]{2}|2[0-4][0-9]|25[0-5])"
 _TCP = rf"(?:(?:localhost|(?:{_OCTET}\.){{3}}{_OCTET})|\[[0-9A-Fa-f:.]{{2,45}}\]):{_PORT}"
-_CONTROL = r"\x00-\x1f\x7f-\x9f\u2028\u2029"
-_ABSOLUTE = rf"/[^{_CONTROL}]*"
+_NOT_UTF8 = r"\ud800-\udfff\ufdd0-\ufdef" + "".join(chr(plane << 16 | low) for plane in range(17) for low in (0xFFFE, 0xFFFF))
+"""Half surrogate pairs and noncharacters, which systemd does not take for text (mmd.unitfile). The ones beyond U+FFFF stand
+here as they are, since the two languages escape them differently."""
+_UNSAYABLE = rf"\x00{_NOT_UTF8}"
+_CONTROL = rf"\x00-\x1f\x7f-\x9f\u2028\u2029{_NOT_UTF8}"
+_ABSOLUTE = rf"(?!(?:[^/]*/)*\.\.?(?:/|$))/(?:[^{_CONTROL}]*[^{_CONTROL} \\])?"
 _ADDRESS_HINT = "write 127.0.0.1:8000, [::1]:8000 or /path.sock; systemd resolves no host names"
 
-NAME = _matching("a name of 1 to 200 characters without control characters", rf"[^{_CONTROL}]{{1,200}}")
+NAME = _matching(
+    "a name of 1 to 200 characters without control characters",
+    rf"(?! )[^{_CONTROL}]{{0,199}}[^{_CONTROL} \\]",
+    "it may not begin with a blank, nor end with one or with a backslash",
+)
 ID = _matching("a unit id", r"[a-z0-9][a-z0-9._-]{0,62}", "lower-case letters, digits, and . _ - after the first character")
 USER = _matching(
     "a system user for engines",
@@ -354,7 +362,7 @@ USER = _matching(
 )
 RESOURCE_NAME = _matching("a resource name", r"[a-z][a-z0-9._-]{0,62}", "lower-case letters, digits, . _ -")
 VARIABLE_NAME = _matching("a name of an environment variable", r"[A-Za-z_][A-Za-z0-9_]*")
-TEXT = Kind("text", {"type": "string", "not": {"pattern": r"\x00"}}, _read_text)
+TEXT = Kind("text", {"type": "string", "not": {"pattern": f"[{_UNSAYABLE}]"}}, _read_text)
 WORD = Kind("text or a whole number", {"anyOf": [TEXT.schema, {"type": "integer"}]}, _read_word)
 ANY = Kind("any value", {}, _read_any)
 BOOLEAN = Kind("true or false", {"type": "boolean"}, _read_boolean)
@@ -371,7 +379,9 @@ DURATION = _quantity("a duration such as 30s", _DURATION)
 PERIOD = _quantity("a duration above 0, such as 30s", _DURATION, positive=True)
 PERIOD_OR_OFF = _or_word(PERIOD, ("off", "never"))
 COUNT = _quantity("a number of parameters such as 7.6B", _COUNT, positive=True)
-PATH = _matching("an absolute path", _ABSOLUTE, make=Path)
+PATH = _matching(
+    "an absolute path", _ABSOLUTE, "without . and .. in it, and without a blank or backslash at its end", make=Path
+)
 HTTP_PATH = _matching("a path that begins with /", r"/[!-~]*")
 URL = _matching("a URL", r"https?://[!-~]+", "write http://host:port")
 TCP_ADDRESS = _matching("a TCP address", _TCP, "write 127.0.0.1:8001 or [::1]:8001; systemd resolves no host names")

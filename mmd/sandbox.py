@@ -9,13 +9,13 @@ from collections.abc import Iterator, Sequence
 
 from mmd.config import EngineKind, Model
 from mmd.scope import Scope, ScopeKind
-from mmd.unitfile import quote
+from mmd.unitfile import Directive, comment, directives, path_word
 
-__all__ = ["ANYWHERE", "ISOLATION", "NO_DEVICES", "home_protection", "sandbox"]
+__all__ = ["ANYWHERE", "ISOLATION", "NO_DEVICES", "sandbox"]
 
 _BELOW_HOME = ("\n/home/", "\n/root/", "=/home/", "=/root/")  # at the start of a word or line, or as an option's value
 
-ANYWHERE = """\
+ANYWHERE = directives("""
 NoNewPrivileges=yes
 RestrictAddressFamilies=AF_UNIX AF_INET AF_INET6 AF_NETLINK
 RestrictRealtime=yes
@@ -24,9 +24,10 @@ LockPersonality=yes
 SystemCallArchitectures=native
 SystemCallFilter=@system-service
 SystemCallErrorNumber=EPERM
-LimitNOFILE=65536"""
+LimitNOFILE=65536
+""")
 
-ISOLATION = """\
+ISOLATION = directives("""
 CapabilityBoundingSet=
 AmbientCapabilities=
 ProtectSystem=strict
@@ -42,18 +43,20 @@ ProtectHostname=yes
 ProtectKernelLogs=yes
 ProtectKernelModules=yes
 ProtectKernelTunables=yes
-RestrictNamespaces=yes"""
+RestrictNamespaces=yes
+""")
 # MemoryDenyWriteExecute= is not there: engines compile kernels at run time. ProcSubset=pid neither: they read /proc/meminfo.
 
-_PRIVATE = """\
+_PRIVATE = directives("""
 # Shared memory of its own: systemd would bind the machine's /dev/shm even into a private /dev.
 TemporaryFileSystem=/dev/shm:size=50%,mode=1777,nosuid,nodev
 # Of /run it sees its own directory and the runner's way to systemd, sd_notify(3): no D-Bus, no journal, no socket of mmd, of
 # another engine or of a container manager.
 TemporaryFileSystem=/run:ro,mode=0755,nosuid,nodev
-BindPaths=/run/systemd/notify"""
+BindPaths=/run/systemd/notify
+""")
 
-_NVIDIA = """\
+_NVIDIA = directives("""
 # NVIDIA's devices and nothing else. ProtectClock= would add rtc to the list.
 PrivateDevices=no
 DevicePolicy=closed
@@ -64,40 +67,38 @@ DeviceAllow=char-nvidia-frontend rw
 DeviceAllow=char-nvidia-uvm rw
 DeviceAllow=char-drm rw
 # Host memory that is pinned for copies to the GPU.
-LimitMEMLOCK=infinity"""
+LimitMEMLOCK=infinity
+""")
 
-NO_DEVICES = """\
+NO_DEVICES = directives("""
 PrivateDevices=yes
-ProtectClock=yes"""
+ProtectClock=yes
+""")
 
-_LOOPBACK = """\
+_LOOPBACK = directives("""
 IPAddressDeny=any
-IPAddressAllow=localhost"""
+IPAddressAllow=localhost
+""")
 
 
-def sandbox(model: Model, *, scope: Scope, directory: str, uses_devices: bool, argv: Sequence[str]) -> Iterator[str]:
+def sandbox(model: Model, *, scope: Scope, directory: str, uses_devices: bool, argv: Sequence[str]) -> Iterator[Directive]:
     """The directives. `directory` is the unit's runtime directory, with specifiers."""
-    yield "# The sandbox; `systemd-analyze security` rates it."
-    yield ANYWHERE
+    yield comment("The sandbox; `systemd-analyze security` rates it.")
+    yield from ANYWHERE
     if scope.kind is ScopeKind.USER:
         return  # a user's manager can neither mount nor filter addresses
-    yield ISOLATION
-    yield _NVIDIA if uses_devices else NO_DEVICES
-    yield from home_protection((*argv, str(model.venv or ""), str(model.workdir or "")))
-    yield _PRIVATE
-    yield f"BindPaths={directory}"
-    if model.engine is EngineKind.SIM:
-        yield "# The simulated GPUs' memory, which all simulated engines share."
-        yield f"BindPaths={quote(f'-{scope.sim_dir}', variables=False)}"
-    if model.engine is EngineKind.COMMAND and model.workdir is not None:
-        yield f"ReadWritePaths={quote(f'-{model.workdir}', variables=False)}"
-    yield _LOOPBACK
-
-
-def home_protection(words: Sequence[str]) -> Iterator[str]:
-    """Home directories are out of sight, unless one of the words of the configuration names a path below one."""
-    text = "\n".join(("", *words))
-    if any(mark in text for mark in _BELOW_HOME):
-        yield from ("# The configuration names a path below it.", "ProtectHome=read-only")
+    yield from ISOLATION
+    yield from _NVIDIA if uses_devices else NO_DEVICES
+    words = "\n".join(("", *argv, str(model.venv or ""), str(model.workdir or "")))
+    if any(mark in words for mark in _BELOW_HOME):
+        yield from (comment("The configuration names a path below it."), ("ProtectHome", "read-only"))
     else:
-        yield "ProtectHome=yes"
+        yield "ProtectHome", "yes"
+    yield from _PRIVATE
+    yield "BindPaths", directory
+    if model.engine is EngineKind.SIM:
+        yield comment("The simulated GPUs' memory, which all simulated engines share.")
+        yield "BindPaths", path_word(str(scope.sim_dir), prefix="-", setting="the simulation's folder")
+    if model.engine is EngineKind.COMMAND and model.workdir is not None:
+        yield "ReadWritePaths", path_word(str(model.workdir), prefix="-", setting="workdir")
+    yield from _LOOPBACK

@@ -1,16 +1,15 @@
-"""Unit files for a configuration (pure): the sockets that clients connect to and one template unit per model.
+"""Unit files for a configuration (pure): one template unit per model, and the sockets of mmd.socket_units.
 
 A unit is complete: it shows exactly the command that runs, and nothing is written when a model starts. The instance name is the
 placement (mmd.names), which the runner receives as `%i`.
 """
 
 from _blake2 import blake2b  # hashlib would load OpenSSL: 5 ms of the generator's 60
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import MappingProxyType
 from typing import NamedTuple
 
-from mmd.addresses import parse_address
 from mmd.config import Config, EngineKind, Gpus, Listen, Model, Provider
 from mmd.engines import engine
 from mmd.engines.base import CommandContext
@@ -21,7 +20,8 @@ from mmd.problem import Problem
 from mmd.sandbox import sandbox
 from mmd.scope import Scope, ScopeKind
 from mmd.sizes import sized
-from mmd.unitfile import Specified, assignment, command_line, escape
+from mmd.socket_units import gateway_sockets, made_by, port_socket, source_path
+from mmd.unitfile import Directive, Specified, assignment, command_line, comment, directives, path, render, text
 
 __all__ = [
     "SOCKETS_WANTS",
@@ -29,17 +29,13 @@ __all__ = [
     "definition",
     "model_unit",
     "model_unit_name",
-    "port_socket_name",
     "render_units",
-    "socket_units",
 ]
 
 SOCKETS_WANTS = "sockets.target.wants"
 """systemctl refuses to enable generated units, so the generator makes the links that `enable` would."""
 
-_GATEWAY = "mmd-gateway.service"
 _PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
-_GATEWAY_SOCKET = "mmd-gateway.socket"
 
 _GATEWAY_ONLY = frozenset(
     [
@@ -65,7 +61,7 @@ _GATEWAY_ONLY = frozenset(
 )
 """What a model's process does not depend on: a change of it is no reason to start the model anew."""
 
-_SUPERVISION = """\
+_SUPERVISION = directives("""
 # Loading takes longer; the runner extends this for as long as there is progress.
 TimeoutStartSec=2min
 TimeoutStopSec=30s
@@ -78,7 +74,20 @@ KillMode=mixed
 Restart=no
 # When memory is short, models go before the gateway, and as a whole.
 OOMPolicy=stop
-OOMScoreAdjust=500"""
+OOMScoreAdjust=500
+""")
+
+
+_UNIT = directives("""
+    Documentation=man:mmd.yaml(5) man:mmd-generator(8)
+    # The gateway counts failures and backs off by itself.
+    StartLimitIntervalSec=0
+""")
+_START = directives("""
+    # The runner starts the engine as its child; ready means that the engine has answered.
+    Type=notify
+    NotifyAccess=main
+""")
 
 
 class Units(NamedTuple):
@@ -93,30 +102,36 @@ class Units(NamedTuple):
 
 def render_units(config: Config, *, scope: Scope, bin_dir: str) -> Units:
     """All units of a configuration. A model whose unit cannot be made is left out, with a problem."""
-    files = dict(socket_units(config, scope))
-    links = {f"{SOCKETS_WANTS}/{name}": f"../{name}" for name in files}
-    problems = []
+    units: dict[str, str] = {}
+    ports: dict[str, str] = {}
+    with_ports, problems = [], []
     for model in config.models.values():
-        if model.engine is EngineKind.EXTERNAL:
-            continue
         try:
-            files[model_unit_name(model)] = model_unit(model, gpus=config.gpus, scope=scope, bin_dir=bin_dir)
-            fetch = fetch_unit(model, scope=scope, bin_dir=bin_dir)
-            if fetch is not None:
-                files[fetch_unit_name(model.id)] = fetch
+            # Both or neither: a port without its model would start nothing.
+            port = [port_socket(model, scope)] if model.port is not None else []
+            if model.engine is not EngineKind.EXTERNAL:
+                fetch = fetch_unit(model, scope=scope, bin_dir=bin_dir)
+                units[model_unit_name(model)] = model_unit(model, gpus=config.gpus, scope=scope, bin_dir=bin_dir)
+                if fetch is not None:
+                    units[fetch_unit_name(model.id)] = fetch
         except MmdError as error:
             problems.append(Problem(model.source, model.line, f"models.{model.name}", error.message, error.hint))
-    return Units(files, links, tuple(problems))
+            continue
+        if port:
+            ports.update(port)
+            with_ports.append(model)
+    try:
+        sockets = {**dict(gateway_sockets(config, scope, with_ports)), **ports}
+    except MmdError as error:
+        problems.append(Problem(scope.config_file, 0, "gateway", error.message, error.hint))
+        sockets = ports
+    links = {f"{SOCKETS_WANTS}/{name}": f"../{name}" for name in sockets}
+    return Units({**sockets, **units}, links, tuple(problems))
 
 
 def model_unit_name(model: Model) -> str:
     """The file name of a model's template unit."""
     return f"mmd-model-{model.id}@.service"
-
-
-def port_socket_name(model: Model) -> str:
-    """The file name of the unit of a model's own port."""
-    return f"mmd-port-{model.id}.socket"
 
 
 def definition(model: Model, *, gpus: Gpus) -> str:
@@ -137,85 +152,6 @@ def model_unit(model: Model, *, gpus: Gpus, scope: Scope, bin_dir: str) -> str:
     return _ModelUnit(model, gpus, scope, bin_dir).text()
 
 
-def socket_units(config: Config, scope: Scope) -> Iterator[tuple[str, str]]:
-    """The sockets that start the gateway, by file name."""
-    system = scope.kind is ScopeKind.SYSTEM
-    with_ports = [model for model in config.models.values() if model.port is not None]
-    wants = ("# Whoever starts this one means the models' own ports as well.",) if with_ports else ()
-    yield _socket(
-        _GATEWAY_SOCKET,
-        "mmd OpenAI API",
-        scope,
-        (*_client_socket(config.gateway.listen, system), "FileDescriptorName=mmd-api"),
-        unit=(*wants, *(f"Wants={port_socket_name(model)}" for model in with_ports)),
-    )
-    admins = ("SocketMode=0660", "SocketGroup=mmd-admin") if system else ("SocketMode=0600",)
-    admin = ("ListenStream=%t/mmd/admin.sock", "FileDescriptorName=mmd-admin", *admins)
-    yield _socket("mmd-admin.socket", "mmd admin API", scope, admin)
-    if config.gateway.admin_listen:
-        tcp = (*map(_listen_stream, config.gateway.admin_listen), "FileDescriptorName=mmd-admin-tcp", "NoDelay=yes")
-        yield _socket("mmd-admin-tcp.socket", "mmd admin API and dashboard over TCP", scope, tcp)
-    for model in with_ports:
-        assert model.port is not None
-        yield _socket(
-            port_socket_name(model),
-            f"mmd port of {escape(model.name)}",
-            scope,
-            (*_client_socket((model.port,), system), f"FileDescriptorName=mmd-port-{model.id}"),
-            unit=(f"PartOf={_GATEWAY_SOCKET}",),
-            service=f"mmd-port@{model.id}.service",
-            source=model.source,
-        )
-
-
-def _client_socket(addresses: Sequence[str], system: bool) -> Iterator[str]:
-    """Where clients of models connect."""
-    yield from map(_listen_stream, addresses)
-    yield "# How many connections the kernel keeps while the gateway starts or restarts."
-    yield "Backlog=1024"
-    if any(not address.startswith("/") for address in addresses):
-        yield from ("# A token is a small packet; it must not wait for the next one.", "NoDelay=yes")
-    if any(address.startswith("/") for address in addresses):
-        yield from ("SocketMode=0660", "SocketGroup=mmd") if system else ("SocketMode=0600",)
-
-
-def _socket(
-    name: str,
-    description: str,
-    scope: Scope,
-    lines: Iterable[str],
-    *,
-    unit: Iterable[str] = (),
-    service: str = _GATEWAY,
-    source: Path | None = None,
-) -> tuple[str, str]:
-    source = source or scope.config_file
-    text = "\n".join(
-        (
-            f"# Made by mmd-generator(8) of {source}: change it there, then `mmdctl reload`.",
-            "[Unit]",
-            f"Description={description}",
-            "Documentation=man:mmd.yaml(5) man:mmd-gateway(8)",
-            f"SourcePath={escape(str(source))}",
-            *unit,
-            "",
-            "[Socket]",
-            *lines,
-            f"Service={service}",
-            "",
-        )
-    )
-    return name, text
-
-
-def _listen_stream(text: str) -> str:
-    address = parse_address(text)
-    if address.port == 0:
-        return f"ListenStream={escape(address.host)}"
-    host = f"[{address.host}]" if ":" in address.host else address.host
-    return f"ListenStream={host}:{address.port}"
-
-
 class _ModelUnit(NamedTuple):
     """One model's template unit in the making."""
 
@@ -225,12 +161,9 @@ class _ModelUnit(NamedTuple):
     bin_dir: str
 
     def text(self) -> str:
-        model = self.model
-        return (
-            f"# Made by mmd-generator(8) of {model.source}:{model.line}: change it there, then `mmdctl reload`;\n"
-            f"# or add to it: `systemctl edit {model_unit_name(model)}`.\n"
-            f"[Unit]\nSourcePath={escape(str(model.source))}\n" + "\n".join((*self._unit(), "", *self._service(), ""))
-        )
+        name, source = model_unit_name(self.model), f"{self.model.source}:{self.model.line}"
+        header = (f"{made_by(source)};", f"or add to it: `systemctl edit {name}`.")
+        return render([("Unit", self._unit()), ("Service", self._service())], header=header)
 
     @property
     def _directory(self) -> str:
@@ -243,7 +176,7 @@ class _ModelUnit(NamedTuple):
         return self.scope.model_cache_dir(self.model.id)
 
     @property
-    def _user(self) -> str:
+    def _user_name(self) -> str:
         return self.model.user or model_user(self.model.id)
 
     @property
@@ -265,47 +198,40 @@ class _ModelUnit(NamedTuple):
             gpu_memory_bytes=self._gpu_memory,
         )
 
-    def _unit(self) -> list[str]:
-        return [
-            f"Description=mmd model {escape(self.model.name)} on %i",
-            "Documentation=man:mmd.yaml(5) man:mmd-generator(8)",
-            "# The gateway counts failures and backs off by itself.",
-            "StartLimitIntervalSec=0",
-            *self._before(),
-        ]
+    def _unit(self) -> Iterator[Directive]:
+        yield from source_path(str(self.model.source))
+        yield "Description", f"mmd model {text(self.model.name, setting='the name')} on %i"
+        yield from _UNIT
+        yield from self._before()
 
-    def _before(self) -> Iterator[str]:
+    def _before(self) -> Iterator[Directive]:
         """What has to be done before it starts."""
-        needed = []
         if self.scope.kind is ScopeKind.SYSTEM and self.model.user is None:
-            needed.append(f"mmd-user@{self._user}.service")
+            unit = f"mmd-user@{self._user_name}.service"
+            yield from (("Requires", unit), ("After", unit))
         if wanted(self.model, self.scope):
-            needed.append(fetch_unit_name(self.model.id))
-        for unit in needed:
-            yield from (f"Requires={unit}", f"After={unit}")
+            unit = fetch_unit_name(self.model.id)
+            yield from (("Requires", unit), ("After", unit))
 
-    def _service(self) -> list[str]:
+    def _service(self) -> Iterator[Directive]:
         context = self._context()
         argv = engine(self.model.engine).command(sized(self.model), context)
         words = (*self._runner(context), "--", *argv)
-        return [
-            "[Service]",
-            "# The runner starts the engine as its child; ready means that the engine has answered.",
-            "Type=notify",
-            "NotifyAccess=main",
-            f"ExecStart={command_line(words, specified=context.socket)}",
-            *self._environment(context),
-            *self._process(),
-            *self._directories(),
-            _SUPERVISION,
-            *sandbox(
-                self.model,
-                scope=self.scope,
-                directory=self._directory,
-                uses_devices=self._uses_devices,
-                argv=words,
-            ),
-        ]
+        # First: whatever is wrong with what comes below, it is not root that runs it.
+        yield from self._user()
+        yield from _START
+        yield "ExecStart", command_line(words, specified=context.socket, setting="its command")
+        yield from self._environment(context)
+        yield from self._process()
+        yield from self._directories()
+        yield from _SUPERVISION
+        yield from sandbox(
+            self.model,
+            scope=self.scope,
+            directory=self._directory,
+            uses_devices=self._uses_devices,
+            argv=words,
+        )
 
     def _runner(self, context: CommandContext) -> Iterator[str]:
         """The runner's command line, mmd-runner(8)."""
@@ -335,7 +261,7 @@ class _ModelUnit(NamedTuple):
             return str(Listen.UNIX if engine(self.model.engine).uses_socket else Listen.TCP)
         return f"{self.model.listen}:{self.model.listen_port}" if self.model.listen_port else str(self.model.listen)
 
-    def _environment(self, context: CommandContext) -> Iterator[str]:
+    def _environment(self, context: CommandContext) -> Iterator[Directive]:
         model = self.model
         variables = {"PATH": f"{model.venv}/bin:{_PATH}" if model.venv else _PATH}
         if self.scope.kind is ScopeKind.SYSTEM:  # a user's own engines share the user's caches
@@ -351,40 +277,44 @@ class _ModelUnit(NamedTuple):
             }
         variables |= engine(model.engine).environment(model, context)
         variables |= model.env
-        return (f"Environment={assignment(name, value, specified=context.socket)}" for name, value in variables.items())
+        for name, value in variables.items():
+            yield "Environment", assignment(name, value, specified=context.socket, setting=f"env.{name}")
 
-    def _process(self) -> Iterator[str]:
+    def _user(self) -> Iterator[Directive]:
+        if self.scope.kind is ScopeKind.USER:
+            return
+        yield comment(
+            "A user of its own: it owns what it writes. By the group the gateway, and nobody else, reaches its socket."
+        )
+        yield from (("User", self._user_name), ("Group", "mmd-model"))
+        if self._uses_devices:
+            yield from (comment("Who may open GPUs."), ("SupplementaryGroups", "video render"))
+
+    def _process(self) -> Iterator[Directive]:
         model = self.model
-        system = self.scope.kind is ScopeKind.SYSTEM
-        if model.workdir or system:
-            yield f"WorkingDirectory={escape(str(model.workdir or self._home))}"
-        if system:
-            yield from (
-                "# A user of its own: it owns what it writes. By the group the gateway, and nobody else, reaches its socket.",
-                f"User={self._user}",
-                "Group=mmd-model",
-            )
-            if self._uses_devices:
-                yield from ("# Who may open GPUs.", "SupplementaryGroups=video render")
-        yield "Slice=mmd-models.slice"
+        if model.workdir is not None:
+            yield "WorkingDirectory", path(str(model.workdir), setting="workdir")
+        elif self.scope.kind is ScopeKind.SYSTEM:
+            yield "WorkingDirectory", path(str(self._home), setting="the cache's folder")
+        yield "Slice", "mmd-models.slice"
         if model.limits.memory_max_bytes is not None:
-            yield f"MemoryMax={model.limits.memory_max_bytes}"
+            yield "MemoryMax", str(model.limits.memory_max_bytes)
         if model.limits.cpu_weight is not None:
-            yield f"CPUWeight={model.limits.cpu_weight}"
-        yield from (f"SyslogIdentifier=mmd-{model.id}", "SyslogLevelPrefix=no")
-        yield f"LogExtraFields=MMD_MODEL={model.id} MMD_ROLE=model"
+            yield "CPUWeight", str(model.limits.cpu_weight)
+        yield from (("SyslogIdentifier", f"mmd-{model.id}"), ("SyslogLevelPrefix", "no"))
+        yield "LogExtraFields", f"MMD_MODEL={model.id} MMD_ROLE=model"
 
-    def _directories(self) -> Iterator[str]:
-        yield f"RuntimeDirectory=mmd-model/{self.model.id}@%i"
-        yield "RuntimeDirectoryMode=0750"
-        yield "# The runner's report outlives it: the gateway reads there why a model failed."
-        yield "RuntimeDirectoryPreserve=yes"
+    def _directories(self) -> Iterator[Directive]:
+        yield "RuntimeDirectory", f"mmd-model/{self.model.id}@%i"
+        yield "RuntimeDirectoryMode", "0750"
+        yield comment("The runner's report outlives it: the gateway reads there why a model failed.")
+        yield "RuntimeDirectoryPreserve", "yes"
         if self.scope.kind is ScopeKind.SYSTEM:
-            yield from (f"CacheDirectory=mmd/models/{self.model.id}", "CacheDirectoryMode=0700")
+            yield from (("CacheDirectory", f"mmd/models/{self.model.id}"), ("CacheDirectoryMode", "0700"))
         else:
-            yield "CacheDirectory=mmd"
-        yield "# The gateway connects to the engine's socket as a member of the group."
-        yield "UMask=0007"
+            yield "CacheDirectory", "mmd"
+        yield comment("The gateway connects to the engine's socket as a member of the group.")
+        yield "UMask", "0007"
 
 
 def _expand(word: str, macros: Mapping[str, str]) -> str:

@@ -14,7 +14,7 @@ from mmd.ctl.configuration import read
 from mmd.ctl.context import Context
 from mmd.ctl.exits import CtlError, Exit
 from mmd.scope import ScopeKind
-from mmd.units import port_socket_name
+from mmd.socket_units import port_socket_name
 
 __all__ = ["bring_into_use", "is_active", "reload", "unit_states"]
 

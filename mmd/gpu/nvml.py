@@ -140,7 +140,7 @@ async def _start(probe_socket: Path | None) -> _Probe:
         with suppress(FileNotFoundError):
             return _Probe(*await asyncio.open_unix_connection(probe_socket, limit=_LINE_MAX_BYTES))
     process = await asyncio.create_subprocess_exec(
-        *(sys.executable, "-m", "mmd.gpu.probe"),
+        *(sys.executable, "-I", "-m", "mmd.gpu.probe"),
         stdin=asyncio.subprocess.PIPE,
         stdout=asyncio.subprocess.PIPE,
         limit=_LINE_MAX_BYTES,

@@ -13,6 +13,7 @@ import signal
 import socket
 import sys
 from collections.abc import Callable
+from functools import partial
 from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 from socketserver import UnixStreamServer
@@ -80,18 +81,18 @@ def names(folder: str) -> list[str]:
 def attack(target: dict[str, Any]) -> dict[str, str]:
     found: dict[str, str] = {}
     for pid in target["pids"]:
-        found[f"kill {pid}"] = attempt(lambda pid=pid: os.kill(pid, signal.SIGKILL))
+        found[f"kill {pid}"] = attempt(partial(os.kill, pid, signal.SIGKILL))
         for name in ("mem", "environ", "root/dev/shm/secret", "cwd", "fd"):
-            found[f"/proc/{pid}/{name}"] = attempt(lambda pid=pid, name=name: os.open(f"/proc/{pid}/{name}", os.O_RDONLY))
+            found[f"/proc/{pid}/{name}"] = attempt(partial(os.open, f"/proc/{pid}/{name}", os.O_RDONLY))
     found["System V shared memory"] = attempt(system_v)
     for path in target["read"]:
-        found[f"read {path}"] = attempt(lambda path=path: os.open(path, os.O_RDONLY))
+        found[f"read {path}"] = attempt(partial(os.open, path, os.O_RDONLY))
     for path in target["connect"]:
-        found[f"connect {path}"] = attempt(lambda path=path: connect(path))
+        found[f"connect {path}"] = attempt(partial(connect, path))
     for path in target["write"]:
-        found[f"write {path}"] = attempt(lambda path=path: write(path))
+        found[f"write {path}"] = attempt(partial(write, path))
     for host, port in target["dial"]:
-        found[f"dial {host}"] = attempt(lambda host=host, port=port: dial(host, port))
+        found[f"dial {host}"] = attempt(partial(dial, host, port))
     return found
 
 

@@ -50,7 +50,7 @@ def test_a_key_reaches_the_gateway_and_nobody_else(clean: Installation) -> None:
     clean.systemctl("restart", GATEWAY)
     (key,) = KeyRing.parse(credential(clean)).keys
     assert KeyRing.parse(credential(clean)).find(secret.encode()) == key
-    for user in ("mmd", "mmd-model", "nobody"):
+    for user in ("mmd", "mmd-fetch", "nobody"):
         for file in (FILE, f"/run/credentials/{GATEWAY}/api-keys.yaml"):
             read = clean.run("cat", file, user=user, check=False)
             assert (read.returncode == 0) == (user == "mmd" and file != FILE)

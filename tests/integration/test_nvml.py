@@ -33,7 +33,7 @@ _PYTHON = "/usr/lib/mmd/bin/python"
 _LIBRARY = "/opt/fakenvml"
 _DIRECTORY = "/srv/gpu"
 _STATE = f"{_DIRECTORY}/state"
-_DROP_IN = f"[Service]\nEnvironment=LD_LIBRARY_PATH={_LIBRARY} FAKE_NVML_STATE={_STATE}\n"
+_DROP_IN = f"[Service]\nSupplementaryGroups=mmd-model\nEnvironment=LD_LIBRARY_PATH={_LIBRARY} FAKE_NVML_STATE={_STATE}\n"
 _ONE_GPU = f"gpu GPU-aa {_UNITS * _GIB} 0 0\n"
 _DIVIDED = f"""gpu GPU-aa {_UNITS * _GIB} 0 0 mig
 slice 0/0 MIG-a0 7 {12 * _GIB} 0 0
@@ -148,7 +148,8 @@ def machine(request: pytest.FixtureRequest, installed: Installation) -> Iterator
     installed.path(_DIRECTORY).mkdir(parents=True)
     if not real:
         _install_fake(installed)
-    installed.run("chown", "-R", "mmd-model:mmd-model", _DIRECTORY)
+    installed.run("chgrp", "-R", "mmd-model", _DIRECTORY)  # each engine has a user of its own, all have this group
+    installed.path(_DIRECTORY).chmod(0o2777)
     machine = Machine(installed, real, _real_total(installed) if real else _UNITS * _GIB)
     assert real or machine.tells_processes()
     yield machine

@@ -105,7 +105,7 @@ def test_a_member_of_mmd_admin_has_the_gateway_do_it(machine: Installation) -> N
 def test_nobody_else_reaches_the_registrar(machine: Installation) -> None:
     assert machine.run("stat", "-c", "%a %U", "/run/mmd/registrar.sock").stdout == "600 mmd\n"
     connect = "import socket; s = socket.socket(socket.AF_UNIX); s.connect('/run/mmd/registrar.sock')"
-    for user in (operator(machine), "mmd-model"):
+    for user in (operator(machine), "mmd-fetch"):
         assert "PermissionError" in machine.run("python3", "-c", connect, user=user, check=False).stderr
     silent = f"{connect}; s.shutdown(1); print(s.recv(9))"
     assert machine.run("python3", "-c", silent, user="mmd").stdout == "b''\n"

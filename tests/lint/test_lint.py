@@ -1,6 +1,7 @@
 """The rules of the house that a program can check: formatters, linters, types, layers, lengths."""
 
 import ast
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -104,6 +105,16 @@ def test_modules_and_functions_stay_short(module: Path) -> None:
     for node in ast.walk(ast.parse(text)):
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) and node.end_lineno is not None:
             assert node.end_lineno - node.lineno < FUNCTION_LINES, f"{short(module)}:{node.lineno}: {node.name} is too long"
+
+
+def test_our_programs_take_no_modules_from_elsewhere() -> None:
+    """-I: neither a working directory nor PYTHONPATH adds to what a process of ours imports, not even what an engine wrote."""
+    for unit in sorted((CHECKOUT / "units").rglob("*.service")):
+        for line in unit.read_text().splitlines():
+            assert "bin/python" not in line or "bin/python -I " in line, f"{short(unit)}: {line}"
+    for module in MODULES:
+        started = re.findall(r'sys\.executable, *("[^"]*")', module.read_text())
+        assert set(started) <= {'"-I"'}, short(module)
 
 
 def compiled_modules() -> list[Path]:

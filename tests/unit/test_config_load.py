@@ -190,7 +190,7 @@ MISTAKES = [
     ("models: {a: {gpus: 0, env: {1A: b}}}", "1: models.a.env.1A: '1A' is not a name of an environment variable"),
     ("models: {a: {gpus: 0, env: {A: true}}}", "1: models.a.env.A: true is not text or a whole number (quote it)"),
     ("models: {a: {gpus: 0, args: [1.10]}}", "1: models.a.args.0: 1.1 is not text or a whole number (quote it)"),
-    ("models: {a: {gpus: 0, args: [\"a\\0\"]}}", "1: models.a.args.0: holds a NUL character"),
+    ("models: {a: {gpus: 0, args: [\"a\\0\"]}}", "1: models.a.args.0: holds U+0000"),
     ("models: {a: {gpus: 0, id: A}}", "1: models.a.id: 'A' is not a unit id"),
     ("models: {\"a\\x01\": {gpus: 0}}", "1: models.a\\x01: 'a\\x01' is not a name of 1 to 200 characters"),
     ("models: {模型: {gpus: 0}}", "1: models.模型: no unit id can be made of the model name '模型' (give the model an `id:`)"),

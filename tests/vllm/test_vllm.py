@@ -19,6 +19,7 @@ from pathlib import Path
 import openai
 import pytest
 from client import Answer, chat, stream
+from fake_hub import fake_hub
 from testbed import CHECKOUT, Installation
 
 pytestmark = [pytest.mark.vllm, pytest.mark.system, pytest.mark.timeout(240)]
@@ -301,3 +302,17 @@ def test_a_dead_engine_core_is_noticed(serving: Installation, figures: Figures) 
         serving.run("kill", "-KILL", core)
         serving.wait_until(lambda: serving.show(unit, "ActiveState") == "failed", 30, "its unit has failed")
     assert not [pid for pid in pids if serving.path(f"/proc/{pid}").exists()], "no orphans"
+
+
+def test_a_model_from_a_hub(serving: Installation, figures: Figures) -> None:
+    """Fetched by its own unit; vLLM finds it in the cache, which it cannot write, and asks no hub."""
+    serving.stop_all()
+    files = {path.name: path.read_bytes() for path in serving.path("/srv/models/first").iterdir()}
+    with fake_hub("org/hub", files) as hub:
+        model = f"{{id: hub, gpus: 0, ram: 3GiB, env: {{HF_ENDPOINT: '{hub.endpoint}'}}}}"
+        serving.configure(f"{_MODELS}  org/hub: {model}\n")
+        with figures.timed("a model from a hub on loopback, request to answer"):
+            _say("org/hub")
+        assert hub.asked
+    assert "fetched org/hub@main" in serving.ctl("logs", "org/hub", "--lines", "2000").stdout
+    assert serving.run("find", "/var/cache/mmd/huggingface", "!", "-user", "mmd-fetch").stdout == ""

@@ -42,7 +42,7 @@ http {{ {_common(folder)}
 
 
 def _proxy_conf(folder: str, socket: str, more: str = "") -> str:
-    # Workers of root's: the socket is for mmd-model and its group only.
+    # Workers of root's: the socket is for the group mmd-model only.
     return f"""user root; worker_processes 1; daemon off; pid {folder}/proxy.pid; error_log stderr warn;
 worker_rlimit_nofile 65536;
 events {{ worker_connections 4096; }}
