@@ -154,7 +154,9 @@ quoted() {
     printf '%s="%s"\n' "$1" "$value"
 }
 
-# remove_builder_home: what was built there is not used again, unless its hash is known.
+# remove_builder_home: what was built there is not used again, unless its hash is known. First ends a builder that outlived its
+# packaging/up, which is cut short by Ctrl-C.
 remove_builder_home() {
+    systemctl --quiet stop mmd-build.service 2>/dev/null || true
     rm -rf "$builder_home" "${builder_home%/*}/private/${builder_home##*/}"
 }

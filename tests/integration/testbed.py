@@ -30,8 +30,8 @@ __all__ = ["CHECKOUT", "PROCESSES", "Installation", "Testbed", "downloads_layer"
 CHECKOUT = Path(__file__).resolve().parents[2]
 _TESTBED = CHECKOUT / "packaging" / "lib" / "testbed"
 _LAYERS = CHECKOUT / "build" / "testbed"
-_BUILD_LIMIT_S = 300.0
-"""One installation with downloads."""
+_BUILD_LIMIT_S = 600.0
+"""One installation with downloads, and the compiler on a busy machine."""
 _KEEP_LAYERS_S = 1800.0
 """A layer that was not asked for in this long is in nobody's way when it goes: no test run takes that long."""
 
