@@ -15,13 +15,13 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from mmd.check import nearest
 from mmd.config import Model
 from mmd.errors import MmdError
 from mmd.load import Loaded, load_files, read_files
 from mmd.names import is_unit_id, slug
 from mmd.problem import Problem
 from mmd.scope import Scope
+from mmd.similar import nearest
 from mmd.units import render_units
 from mmd.yamlfile import Document, dump, parse
 
