@@ -152,6 +152,16 @@ class RequestHead(_Head):
         self.edition: object = None
         self.key_index = -1
         """Which of `fields` lacks its value: the credential, where the head is remembered (mmd.gateway.relay.known)."""
+        self.known: RequestHead | None = None
+        """That head, of one that was found again, with another credential."""
+        self.key_digest = b""
+        """Of the credential that `visitor` came with."""
+
+    def is_from(self, visitor: "Visitor", edition: object) -> None:
+        """Remember whose key came with it, also where the same credential comes again with the same head."""
+        self.visitor, self.edition = visitor, edition
+        if self.known is not None:
+            self.known.visitor, self.known.edition, self.known.key_digest = visitor, edition, self.key_digest
 
     def written(self, length: int, wait: bytes, id_line: bytes = b"") -> bytes:
         """The head of the same request with a body of `length` bytes, for another reader. `wait`: what is left of its wait;

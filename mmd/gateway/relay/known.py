@@ -9,6 +9,8 @@ of the head that each request gets. A head with any other field that may hold a 
 """
 
 import re
+from hashlib import sha256
+from hmac import compare_digest
 from typing import Final, Generic, TypeVar
 
 from mmd.gateway.relay.head import RequestHead, ResponseHead
@@ -30,7 +32,7 @@ _KEY_FIELDS: Final = (b"authorization", b"x-api-key")
 _KEY_BYTES: Final = 512
 
 # What may be cut out: characters that neither end a field nor mean anything in a head. `Bearer KEY` has one space.
-_KEY: Final = re.compile(rb"[!-~]+(?: [!-~]+)?")
+_KEY_CHARACTERS: Final = bytes(range(0x20, 0x7F))
 
 # What may be a secret by the name of its field, or is one by that of a parameter of the target.
 _SECRET: Final = re.compile(
@@ -116,12 +118,28 @@ class KnownRequests:
     def __init__(self) -> None:
         self._open: KnownHeads[RequestHead] = KnownHeads()
         self._keyed: KnownHeads[RequestHead] = KnownHeads()
+        self._last: tuple[bytes, bytes, bytes, RequestHead] | None = None
+        """Of the head with a credential found last, if its length follows: what comes before the one, between both, behind."""
 
     def find(self, data: bytes) -> tuple[RequestHead, int | None, int] | None:
         """As `KnownHeads.find`."""
         found = self._open.find_last(data)
         if found is not None:
             return found
+        if self._last is not None:
+            before, between, behind, head = self._last
+            at = len(before)
+            if data[:at] == before:
+                stop = data.find(b"\r", at, at + _KEY_BYTES)
+                digits = stop + len(between)
+                if stop > 0 and data[stop:digits] == between:
+                    length, digits_end = _number(data, digits)
+                    end = digits_end + len(behind)
+                    if digits_end > digits and data[digits_end:end] == behind and _is_key(key := data[at:stop]):
+                        return _copy(head, head.key_index, key), length, end
+        return self._find(data)
+
+    def _find(self, data: bytes) -> tuple[RequestHead, int | None, int] | None:
         end = data.find(_END) + 4
         if end < 4:
             return None
@@ -129,13 +147,14 @@ class KnownRequests:
         if at < 0:
             return self._open.find(data)
         stop = data.find(b"\r", at, end)
-        key = data[at:stop]
-        if len(key) > _KEY_BYTES or not _KEY.fullmatch(key):
-            return None
-        found = self._keyed.find(data[:at] + data[stop:end])
+        key, flat = data[at:stop], data[:at] + data[stop:end]
+        found = self._keyed.find(flat) if _is_key(key) else None
         if found is None:
             return None
         head, length, _ = found
+        digits = flat.find(_LENGTH_MARK) + len(_LENGTH_MARK)
+        if digits > at:
+            self._last = data[:at], flat[at:digits], flat[_number(flat, digits)[1] :], head
         return _copy(head, head.key_index, key), length, end
 
     def learn(self, head: RequestHead, data: bytes) -> None:
@@ -155,13 +174,19 @@ class KnownRequests:
         stop = data.find(b"\r", at)
         line = b"\r\n%b: " % name
         whole = data[at - len(line) : at] == line and data[at:stop] == value
-        if lower in _KEY_FIELDS and whole and len(value) <= _KEY_BYTES and _KEY.fullmatch(value):
+        if lower in _KEY_FIELDS and whole and _is_key(value):
             self._keyed.learn(_copy(head, secret[0], b""), data[:at] + data[stop:])
 
 
+def _is_key(value: bytes) -> bool:
+    """Whether a credential may be cut out, and another one put in its place."""
+    edged = value[:1] in (b"", b" ") or value[-1:] == b" "
+    return not edged and len(value) <= _KEY_BYTES and not value.translate(None, _KEY_CHARACTERS) and value.count(b" ") <= 1
+
+
 def _copy(head: RequestHead, index: int, key: bytes) -> RequestHead:
-    """The same head with another credential in the field at `index`. Whose it is has to be found out anew; an engine's lines
-    hold no credential."""
+    """The same head with another credential in the field at `index`; an engine's lines hold none. Whose it is has to be found
+    out anew, if it is not the one that came with this head the last time, which is known by its digest."""
     copy = RequestHead()
     copy.fields = fields = head.fields.copy()
     lower, name, _ = fields[index]
@@ -173,6 +198,10 @@ def _copy(head: RequestHead, index: int, key: bytes) -> RequestHead:
     copy.continues, copy.id_line, copy.engine_lines = head.continues, head.id_line, head.engine_lines
     copy.forwarded_lines = head.forwarded_lines
     copy.origin, copy.needs_leave, copy.wait = head.origin, head.needs_leave, head.wait
+    if key:
+        copy.known, copy.key_digest = head, sha256(key).digest()
+        if head.edition is not None and compare_digest(copy.key_digest, head.key_digest):
+            copy.visitor, copy.edition = head.visitor, head.edition
     return copy
 
 
