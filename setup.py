@@ -22,10 +22,13 @@ COMPILED: Final = (
     "mmd/gateway/relay/request_id.py",  # and gives each request its id;
     "mmd/gateway/relay/access.py",  # whose key came with it,
     "mmd/gateway/relay/visitor.py",  # which may do this and that;
+    "mmd/gateway/relay/clients.py",  # whose address it came from,
+    "mmd/gateway/relay/slowness.py",  # and how slowly;
     "mmd/gateway/relay/framing.py",  # knows where bodies end; every event of a stream is looked at
     "mmd/gateway/relay/exchange.py",  # a request and its answer,
     "mmd/gateway/relay/waiting.py",  # which may have to wait
-    "mmd/gateway/relay/inference.py",  # for an engine
+    "mmd/gateway/relay/room.py",  # for room
+    "mmd/gateway/relay/inference.py",  # or for an engine
     "mmd/gateway/relay/cors.py",  # for a browser that asks first,
     "mmd/gateway/relay/refused.py",  # or for nobody
     "mmd/gateway/relay/application.py",  # or for the application: no class of the interpreter's can inherit from a compiled one

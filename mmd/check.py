@@ -1,12 +1,13 @@
 """Reads a section of the configuration by the table of settings: values for what is right, a complaint for what is wrong."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from mmd.kinds import BadValueError
 from mmd.setting import Later, Section, Setting
+from mmd.similar import nearest
 
-__all__ = ["Complaint", "nearest", "read_section"]
+__all__ = ["Complaint", "read_section"]
 
 Complaint = tuple[tuple[str | int, ...], str, str]
 """Where (the path of the key), what, and a hint."""
@@ -45,13 +46,6 @@ def read_section(section: Section, raw: Any, path: tuple[str | int, ...], compla
         elif not _asks_for_nothing(entry, value):
             complaints.append((where, f"not yet supported: {key}", "remove it"))
     return values
-
-
-def nearest(word: str, words: Iterable[str]) -> str | None:
-    """The one of `words` that `word` most looks like."""
-    from difflib import get_close_matches  # only needed after a mistake, and slow to import for a generator
-
-    return next(iter(get_close_matches(word, list(words), n=1, cutoff=0.6)), None)
 
 
 def _asks_for_nothing(entry: Later, value: Any) -> bool:

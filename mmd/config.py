@@ -69,6 +69,8 @@ class Timeouts(NamedTuple):
 
     idle_s: float = 75.0
     request_s: float = 60.0
+    body_rate_bytes: int = 16 << 10
+    """A second, of a request's body once `request_s` has passed."""
     stalled_s: float = 300.0
 
 
@@ -93,8 +95,10 @@ class Gateway(NamedTuple):
     max_buffered_bytes: int = 1 << 30
     """All bodies together that wait to be passed on."""
     max_head_bytes: int = 32 << 10
-    connections_per_client: int | None = None
-    """By IP address, of each process that relays."""
+    connections_per_client: int | None = 256
+    """By IP address; of a client behind one of `trusted_proxies`, requests under way."""
+    trusted_proxies: tuple[str, ...] = ()
+    """Networks (CIDR) of proxies whose X-Forwarded-For is believed."""
     timeouts: Timeouts = Timeouts()
     queue_limit: int = 512
     wait_limit_s: float = 600.0

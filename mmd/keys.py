@@ -16,12 +16,13 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
-from mmd.check import Complaint, nearest, read_section
+from mmd.check import Complaint, read_section
 from mmd.errors import MmdError
 from mmd.key_kinds import CONCURRENCY, CREATED, DIGEST, ENTRIES, GLOBS, KEY_NAME, KEY_PREFIX, RATE, SERIAL, Limit
 from mmd.kinds import BadValueError, choice
 from mmd.problem import Problem
 from mmd.setting import Section, Setting, by_key
+from mmd.similar import nearest
 from mmd.yamlfile import Document, dump
 from mmd.yamlfile import parse as parse_yaml
 

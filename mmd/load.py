@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 from mmd.addresses import PortsTaken
 from mmd.build import make_model, make_section, merge
-from mmd.check import Complaint, nearest, read_section
+from mmd.check import Complaint, read_section
 from mmd.config import Config, EngineKind, Gateway, Gpus, Model, Policy, Resources
 from mmd.errors import MmdError
 from mmd.exposure import Exposure, gateway_exposures, port_exposure
@@ -23,6 +23,7 @@ from mmd.rules import NamesTaken, applicable, check_gateway, check_gpus, check_m
 from mmd.scope import Scope
 from mmd.setting import Section
 from mmd.settings import TOP
+from mmd.similar import nearest
 from mmd.yamlfile import BYTES_MAX, Document, parse
 
 __all__ = ["Loaded", "load", "load_files", "load_text", "read_bounded", "read_files"]

@@ -15,7 +15,6 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from mmd.check import nearest
 from mmd.config import Model
 from mmd.errors import MmdError
 from mmd.load import Loaded, load_files, read_files
@@ -23,6 +22,7 @@ from mmd.model_settings import ADMINISTRATORS_ONLY
 from mmd.names import is_unit_id, slug
 from mmd.problem import Problem
 from mmd.scope import Scope
+from mmd.similar import nearest
 from mmd.units import render_units
 from mmd.yamlfile import Document, dump, parse
 

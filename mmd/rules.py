@@ -5,12 +5,13 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from mmd.addresses import parse_address
-from mmd.check import Complaint, nearest
+from mmd.check import Complaint
 from mmd.config import AdminAuth, Device, EngineKind, Gateway, Gauge, Gpus, Listen, Model, PortProtocol, Provider, Resources
 from mmd.model_settings import MODEL
 from mmd.names import Placement, UnitName, slice_index
 from mmd.scope import Scope
 from mmd.setting import Later, Section
+from mmd.similar import nearest
 
 __all__ = [
     "ENGINE_SOCKET",

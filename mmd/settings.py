@@ -7,6 +7,7 @@ mmd.model_settings.
 
 from mmd import config, kinds
 from mmd.amounts import RESOURCE
+from mmd.networks import NETWORK
 from mmd.origins import HOST_NAME, ORIGIN
 from mmd.setting import Section, Setting, by_key
 
@@ -22,14 +23,23 @@ _TIMEOUTS = Section(
             kinds.PERIOD,
             "60s",
             "A request's head must be complete this long after its first byte, and of its body something must come this "
-            "often; else it gets 408.",
+            "often, and all of it in time, see body_rate; else it gets 408.",
             "request_s",
+        ),
+        Setting(
+            "body_rate",
+            kinds.POSITIVE_SIZE,
+            "16KiB",
+            "How much of a request's body must have come for each second after the first ones, which are as many as request "
+            "says; else it gets 408. So a body takes at most request and its length divided by this.",
+            "body_rate_bytes",
         ),
         Setting(
             "stalled",
             kinds.PERIOD,
             "5min",
-            "A client that reads nothing of its answer for this long is cut off, and its request at the engine with it.",
+            "A client that reads nothing of its answer for this long is cut off, and its request at the engine with it. That "
+            "holds for the last bytes of an answer, for streams, WebSockets and raw ports as well.",
             "stalled_s",
         ),
     ),
@@ -81,7 +91,8 @@ _GATEWAY = Section(
             "1GiB",
             "How much the bodies of requests may take all together that are still coming, or wait for their model or the "
             "beginning of their answer; a request for which there is no room gets 503. With workers each has an equal share. "
-            "There is room for one body of max_body in any case.",
+            "There is room for one body of max_body in any case. One client (see connections_per_client; all on this machine "
+            "are one) may have a quarter of it, or one body, and more only while a quarter stays free for the others.",
             "max_buffered_bytes",
         ),
         Setting(
@@ -94,10 +105,20 @@ _GATEWAY = Section(
         Setting(
             "connections_per_client",
             kinds.NUMBER_OR_OFF,
-            "off",
+            "256",
             "How many connections one client may have over TCP, that is an IPv4 address or an IPv6 network of 64 bits; one "
-            "more gets 429, at a raw port of a model a reset. Models' ports count for themselves, and with workers each "
-            "process. Behind a proxy all are one client.",
+            "more gets 429, at a raw port of a model a reset. Models' ports count for themselves; with workers each process "
+            "has an equal share, rounded up. Clients on this machine and trusted_proxies have no limit; for clients behind the "
+            "latter it bounds their requests under way.",
+        ),
+        Setting(
+            "trusted_proxies",
+            kinds.listing(NETWORK),
+            "[]",
+            "Networks of proxies, such as [10.0.0.5/32]. From their connections X-Forwarded-For tells the client that a "
+            "request is from (the rightmost address that is none of them) to connections_per_client, max_buffered, the log and "
+            "the list of requests, and engines get X-Forwarded-*, Forwarded and X-Real-IP as they come; from all others these "
+            "fields are ignored and go to no engine.",
         ),
         _TIMEOUTS,
         Setting(

@@ -59,7 +59,9 @@ def _status(request: RequestHead, account: Account, client: str, age_s: float) -
 
 
 def _address(connection: ClientConnection) -> str:
-    """Of the client: `192.0.2.7:4711`, `[2001:db8::7]:4711`."""
+    """Of the client: `192.0.2.7:4711`, `[2001:db8::7]:4711`; without a port where a trusted proxy tells it."""
+    if connection.whose.forwarded:
+        return connection.whose.forwarded
     peer = None if connection.transport is None else connection.transport.get_extra_info("peername")
     if not isinstance(peer, tuple):
         return "unix"

@@ -13,8 +13,10 @@ from enum import Enum, auto
 
 from mmd.config import Gateway
 from mmd.gateway.api_error import ApiError
+from mmd.gateway.channel import turn_away
+from mmd.gateway.places import places
 from mmd.gateway.relay.client import ClientConnection
-from mmd.gateway.relay.clients import Clients
+from mmd.gateway.relay.clients import Clients, client_of, forwarded_for, is_trusted
 from mmd.gateway.relay.cors import CorsExchange, cors_lines
 from mmd.gateway.relay.exchange import Exchange
 from mmd.gateway.relay.head import RequestHead
@@ -24,6 +26,7 @@ from mmd.gateway.relay.refused import RefusedExchange
 from mmd.gateway.relay.routing import ROUTES, Route, find_route, is_upstream
 from mmd.gateway.relay.visitor import Visitor
 from mmd.gateway.serving import Giver, Heir
+from mmd.gateway.workers import worker_count
 
 __all__ = ["BACKLOG", "GRACE_S", "Door", "Server"]
 
@@ -73,6 +76,11 @@ class Server:
         self.name = name
         self.connections: set[ClientConnection] = set()
         self._clients = Clients()
+        self._requests = Clients()
+        """Those under way of clients behind trusted proxies, by the connections that they came by."""
+        self._places = places()
+        self._accepting = False
+        self._opening: asyncio.Task[None] | None = None
         self.leaving = False
         self.heir: Heir | None = None
         self._inference = inference
@@ -88,10 +96,46 @@ class Server:
         self._unchecked: list[ClientConnection] = []
 
     async def start(self) -> None:
-        for listening in self._sockets:
-            make = self._loop.create_unix_server if listening.family == socket.AF_UNIX else self._loop.create_server
-            self._listeners.append(await make(self._connect, sock=listening, backlog=BACKLOG))
+        self._accepting = True
+        await self._listen()
+        self._places.join(self)
         self._check()
+
+    async def _listen(self) -> None:
+        for listening in self._sockets if self._accepting else ():
+            make = self._loop.create_unix_server if listening.family == socket.AF_UNIX else self._loop.create_server
+            listener = await make(self._connect, sock=listening.dup(), backlog=BACKLOG)  # the copy is closed with it
+            if not self._accepting:
+                listener.close()
+                return
+            self._listeners.append(listener)
+
+    def pause_accepting(self) -> None:
+        """Let clients wait in the kernel, see mmd.gateway.places."""
+        self._accepting = False
+        for listener in self._listeners:
+            listener.close()
+        self._listeners.clear()
+
+    def resume_accepting(self) -> None:
+        if not self._accepting:
+            self._accepting = True
+            self._opening = self._loop.create_task(self._reopen())
+
+    async def _reopen(self) -> None:
+        """The boundary of a task."""
+        try:
+            await self._listen()
+        except OSError as error:
+            _log.error("%s cannot accept: %s", self.name, error)
+            self.pause_accepting()
+            self._loop.call_later(_CHECK_S, self._places.retry, self)
+
+    def _close_listeners(self) -> None:
+        self._places.part(self)
+        self.pause_accepting()
+        for listening in self._sockets:
+            listening.close()
 
     @property
     def gateway(self) -> Gateway:
@@ -99,20 +143,43 @@ class Server:
 
     def came(self, client: ClientConnection, fresh: bool) -> bool:
         self.connections.add(client)
+        self._places.come()
+        gateway, whose, limit = self.gateway, client.whose, self._limit
+        peer = None if client.transport is None else client.transport.get_extra_info("peername")
+        whose.client, whose.proxied = client_of(peer), is_trusted(peer, gateway.trusted_proxies)
+        return limit is None or whose.proxied or self._clients.come(client, whose.client, limit, fresh=fresh)
+
+    @property
+    def _limit(self) -> int | None:
+        """How many connections a client may have in this process: all together have no more than it may."""
         limit = self.gateway.connections_per_client
-        if limit is None or client.transport is None:
-            return True
-        return self._clients.come(client, client.transport.get_extra_info("peername"), limit, fresh=fresh)
+        return limit if limit is None or not self._worker else -(-limit // worker_count(self.gateway.workers))
+
+    def answered(self, client: ClientConnection) -> None:
+        self._requests.go(client)
+        client.whose.forwarded = ""
+
+    def _is_one_too_many(self, client: ClientConnection, request: RequestHead) -> bool:
+        """Learn of a trusted proxy whom a request is from; whether that client has as many under way as it may."""
+        values = (value for name, _, value in request.fields if name == b"x-forwarded-for")
+        whose, limit = client.whose, self._limit
+        whose.forwarded = forwarded_for(values, self.gateway.trusted_proxies)
+        return limit is not None and not self._requests.come(client, whose.name if whose.forwarded else "", limit, fresh=True)
 
     def went(self, client: ClientConnection) -> None:
         self.connections.discard(client)
         self._clients.go(client)
+        self._requests.go(client)
+        self._places.go()
 
     def _connect(self) -> ClientConnection:
         return ClientConnection(self, self._loop)
 
     async def adopt(self, connection: socket.socket, read: bytes, chunked: bool | None, *, let_in: bool = False) -> None:
         """Go on with a connection that another process has accepted, see ClientConnection and Heir."""
+        if self._places.full:
+            turn_away(connection.detach())
+            return
 
         def make() -> ClientConnection:
             client = ClientConnection(self, self._loop, read=read, chunked=chunked)
@@ -129,8 +196,7 @@ class Server:
     def hand_over(self, heir: Heir) -> None:
         """Accept nothing more, and send every connection to `heir` as soon as it waits for nothing here."""
         self.heir = heir
-        for listener in self._listeners:
-            listener.close()
+        self._close_listeners()
         for connection in tuple(self.connections):
             connection.leave()
 
@@ -153,6 +219,10 @@ class Server:
             if self._worker is not for_workers:
                 self._let_in.discard(client)
                 return None
+        if client.whose.proxied and self._is_one_too_many(client, request):
+            message = "this client has as many requests under way as it may (gateway.connections_per_client)"
+            error = ApiError(429, message, code="too_many_requests", retry_after_s=1)
+            return RefusedExchange(client, request, length, error)
         if visitor is not None and visitor.key is None and self._asks_for_key(request.path, route):
             return RefusedExchange(client, request, length, visitor.stranger())
         if self._door is Door.ADMIN_TCP and is_upstream(request.path):
@@ -215,8 +285,7 @@ class Server:
     async def stop_accepting(self) -> None:
         """From now on new connections wait for the next gateway."""
         self.leaving = True
-        for listener in self._listeners:
-            listener.close()
+        self._close_listeners()
 
     async def drain(self, timeout_s: float) -> None:
         """Finish what was accepted, for `timeout_s` at most, then close every connection."""

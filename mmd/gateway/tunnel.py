@@ -14,6 +14,8 @@ import struct
 from collections.abc import Callable
 from typing import Final, cast
 
+from mmd.gateway.relay.slowness import Unread
+
 __all__ = ["RESET", "Patience", "Tunnel"]
 
 RESET: Final = struct.pack("ii", 1, 0)
@@ -32,7 +34,7 @@ class Patience:
 class _Side(asyncio.Protocol):
     """One of the two connections."""
 
-    __slots__ = ("_full", "_paused", "_tunnel", "ended", "kept", "other", "transport")
+    __slots__ = ("_full", "_paused", "_tunnel", "ended", "kept", "other", "transport", "unread")
 
     def __init__(self, tunnel: "Tunnel") -> None:
         self._tunnel = tunnel
@@ -45,6 +47,7 @@ class _Side(asyncio.Protocol):
         """Read while the tunnel was shut."""
         self.ended = False
         """It says no more."""
+        self.unread = Unread()
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self.transport = cast("asyncio.Transport", transport)  # uvloop's is none by its class
@@ -160,6 +163,16 @@ class Tunnel:
         self._timer, self.open = None, False
         if self._on_silence is not None:
             self._on_silence()
+
+    def check(self, now: float, stalled_s: float) -> None:
+        """Break it if either side has read nothing of what waits for it for so long."""
+        if any(side.unread.stuck_s(side.transport, now) > stalled_s for side in (self.client, self.engine)):
+            self.abort()
+
+    @property
+    def last_moved(self) -> float:
+        """When bytes moved last, of the loop's clock."""
+        return self._last
 
     # What the sides call.
 

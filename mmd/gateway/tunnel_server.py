@@ -15,7 +15,8 @@ from urllib.parse import urlsplit
 from mmd.config import EngineKind, Model
 from mmd.gateway.api_error import ApiError
 from mmd.gateway.dispatcher import Dispatcher
-from mmd.gateway.relay.clients import Clients
+from mmd.gateway.places import places
+from mmd.gateway.relay.clients import Clients, Whose, client_of, is_trusted
 from mmd.gateway.serving import Heir
 from mmd.gateway.ticket import Ticket
 from mmd.gateway.tunnel import RESET, Patience, Tunnel
@@ -28,6 +29,7 @@ _log = logging.getLogger(__name__)
 
 _CONNECT_TIMEOUT_S: Final = 5.0
 _POLL_S: Final = 0.02
+_CHECK_S: Final = 1.0
 
 # As asyncio's servers: how many to accept in one go, and how long to wait when there are too many open files.
 _ACCEPT_AT_ONCE: Final = 64
@@ -48,13 +50,38 @@ class TunnelServer:
         self.patience = patience or Patience()
         self._listening = listening
         self._loop = asyncio.get_running_loop()
+        self._places = places()
         self._retry: asyncio.TimerHandle | None = None
+        self._checker: asyncio.TimerHandle | None = None
         self._accepting = False
 
     async def start(self) -> None:
         self._listening.setblocking(False)
         self._accepting = True
         self._listen()
+        self._places.join(self)
+        self._check()
+
+    def _check(self) -> None:
+        """Look for clients, and engines, that read nothing."""
+        now, stalled_s = self._loop.time(), self.dispatcher.config.gateway.timeouts.stalled_s
+        for visit in tuple(self.connections):
+            visit.check(now, stalled_s)
+        self._checker = self._loop.call_later(_CHECK_S, self._check)
+
+    def pause_accepting(self) -> None:
+        """Let clients wait in the kernel, see mmd.gateway.places."""
+        if self._accepting:
+            self._accepting = False
+            if self._retry is not None:
+                self._retry.cancel()
+                self._retry = None
+            self._loop.remove_reader(self._listening.fileno())
+
+    def resume_accepting(self) -> None:
+        if not self._accepting:
+            self._accepting = True
+            self._listen()
 
     def _listen(self) -> None:
         self._retry = None
@@ -72,6 +99,8 @@ class TunnelServer:
                 self._retry = self._loop.call_later(_ACCEPT_PAUSE_S, self._listen)
                 return
             self._take(connection, peer, fresh=True)
+            if not self._accepting:
+                return
 
     def _take(self, connection: socket.socket, peer: object, *, fresh: bool) -> None:
         connection.setblocking(False)
@@ -80,15 +109,19 @@ class TunnelServer:
             connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
         visit = _Visit(self, connection)
         self.connections.add(visit)
-        limit = self.dispatcher.config.gateway.connections_per_client
-        if limit is not None and not self._clients.come(visit, peer, limit, fresh=fresh) and fresh:
+        self._places.come()
+        gateway, visit.whose.client = self.dispatcher.config.gateway, client_of(peer)
+        limit = None if is_trusted(peer, gateway.trusted_proxies) else gateway.connections_per_client
+        if limit is not None and not self._clients.come(visit, visit.whose.client, limit, fresh=fresh) and fresh:
             message = "its client has as many as it may (gateway.connections_per_client)"
             _log.warning("a connection to the port of %s is closed: %s", quoted(self.model), message)
             visit.abort()
 
     def went(self, visit: "_Visit") -> None:
-        self.connections.discard(visit)
-        self._clients.go(visit)
+        if visit in self.connections:
+            self.connections.discard(visit)
+            self._clients.go(visit)
+            self._places.go()
 
     async def adopt(self, connection: socket.socket, read: bytes, chunked: bool | None, *, let_in: bool = False) -> None:
         """One that waits for its model: nothing was read of it."""
@@ -96,7 +129,10 @@ class TunnelServer:
             peer = connection.getpeername()
         except OSError:  # it has gone meanwhile, which is found out as of any other
             peer = ""
-        self._take(connection, peer, fresh=False)
+        if self._places.full:
+            connection.close()
+        else:
+            self._take(connection, peer, fresh=False)
 
     def hand_over(self, heir: Heir) -> None:
         self.heir = heir
@@ -109,11 +145,8 @@ class TunnelServer:
         self._close()
 
     def _close(self) -> None:
-        if self._retry is not None:
-            self._retry.cancel()
-        elif self._accepting:
-            self._loop.remove_reader(self._listening.fileno())
-        self._accepting = False
+        self._places.part(self)
+        self.pause_accepting()
         self._listening.close()
 
     async def drain(self, timeout_s: float) -> None:
@@ -123,13 +156,19 @@ class TunnelServer:
             await asyncio.sleep(_POLL_S)
         if busy := sum(visit.busy for visit in self.connections):
             _log.warning("%d connections to the port of %s are cut off after gateway.drain_timeout", busy, quoted(self.model))
+        self._end_checks()
         for visit in tuple(self.connections):
             visit.abort()
+
+    def _end_checks(self) -> None:
+        if self._checker is not None:
+            self._checker.cancel()
 
     async def empty(self) -> None:
         """Wait until the last connection has ended by itself."""
         while self.connections:  # noqa: ASYNC110 - they may take hours
             await asyncio.sleep(_ACCEPT_PAUSE_S)
+        self._end_checks()
 
 
 class _Visit:
@@ -137,6 +176,7 @@ class _Visit:
 
     def __init__(self, server: TunnelServer, connection: socket.socket) -> None:
         self._server = server
+        self.whose = Whose()
         self._dispatcher = server.dispatcher
         self._connection: socket.socket | None = connection
         """The client's, until the tunnel has it."""
@@ -153,6 +193,14 @@ class _Visit:
     def busy(self) -> bool:
         """Whether it is in use, or waits for its model."""
         return self._connection is not None or self._tunnel.open or self._place is not None
+
+    @property
+    def idle_since(self) -> float | None:
+        """Since when nobody has used it; None: it is in use."""
+        return None if self.busy else self._tunnel.last_moved
+
+    def check(self, now: float, stalled_s: float) -> None:
+        self._tunnel.check(now, stalled_s)
 
     async def _guard(self, *, again: bool) -> None:
         """The boundary of a task: a failure ends the connection."""

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from relay_gateway import OK, Connection, Running, Script, chat_bytes, engine, gateway, ok_answer, run, until
+from relay_gateway import OK, Connection, Running, Script, chat_bytes, engine, gateway, ok_answer, outer_address, run, until
 
 from mmd.config import Config, EngineKind, Filters, Gateway, Model, PortProtocol
 from mmd.gateway.ports import Ports, is_port
@@ -462,7 +462,7 @@ def test_a_request_that_waits_moves_with_its_id_and_its_origin(tmp_path: Path) -
 
 def test_a_client_has_no_more_connections_at_a_port_than_it_may(tmp_path: Path) -> None:
     async def work() -> None:
-        listening = socket.create_server(("127.0.0.1", 0))
+        listening = socket.create_server((outer_address(), 0))
         async with site(tmp_path, Script()) as there:
             await there.configure(model(address(listening)), Gateway(connections_per_client=1))
             assert await there.unit("open", "m", listening) == 0

@@ -1,11 +1,14 @@
 """Heads and bodies as the relay reads them: what is refused, by name, and that no split of the bytes changes a meaning."""
 
 from itertools import pairwise
+from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
+from relay_gateway import Script, chat_bytes, relay, run
 
+from mmd.gateway.relay import exchange
 from mmd.gateway.relay.framing import Chunked, Length, chunk, last_chunk
 from mmd.gateway.relay.head import (
     HEAD_MAX_BYTES,
@@ -15,7 +18,8 @@ from mmd.gateway.relay.head import (
     ResponseHead,
     ResponseParser,
 )
-from mmd.gateway.relay.known import KnownHeads
+from mmd.gateway.relay.known import KnownHeads, KnownRequests
+from mmd.gateway.relay.visitor import Visitor
 
 _START = b"POST /v1/x HTTP/1.1\r\nHost: a\r\n"
 
@@ -257,3 +261,138 @@ def test_known_heads_never_take_what_the_parser_would_not(data: bytes) -> None:
         assert again.parse(mangled) == found[2]
         assert again.head.length == found[1]
         assert again.head.fields == found[0].fields
+
+
+# Heads with credentials.
+
+_KEYED = b"POST / HTTP/1.1\r\nHost: a\r\n%bAccept: */*\r\nContent-Length: 42\r\n\r\n"
+
+
+def learned(known: KnownRequests, data: bytes) -> RequestHead:
+    parser = RequestParser()
+    assert parser.parse(data) == len(data)
+    known.learn(parser.head, data)
+    return parser.head
+
+
+def remembered(value: object, seen: set[int]) -> str:
+    """Everything that can be reached from it, as text."""
+    if id(value) in seen:
+        return ""
+    seen.add(id(value))
+    parts = [value] if isinstance(value, bytes | str) else []
+    children = list(value.items()) if isinstance(value, dict) else list(value) if isinstance(value, list | tuple | set) else []
+    if type(value).__module__.startswith("mmd."):
+        children = [getattr(value, name) for name in dir(value) if not name.startswith("__")]
+    return " ".join([*map(str, parts), *(remembered(each, seen) for each in children)])
+
+
+@pytest.mark.parametrize(
+    "field",
+    [b"Authorization: Bearer %b", b"authorization: %b", b"X-Api-Key: %b", b"x-api-key: %b", b"X-API-Key: %b"],
+)
+def test_a_head_is_known_whatever_its_credential_which_is_not_remembered(field: bytes) -> None:
+    known = KnownRequests()
+    head = learned(known, _KEYED % (field % b"first" + b"\r\n"))
+    for key in (b"first", b"second", b"x" * 300, b"ength:", b"7"):
+        for digits in (b"42", b"7"):
+            data = (_KEYED % (field % key + b"\r\n")).replace(b"42", digits)
+            found = known.find(data + b"body")
+            assert found is not None, key
+            again = RequestParser()
+            assert again.parse(data) == found[2]
+            assert again.head.fields == found[0].fields
+            assert (again.head.length, again.head.engine_lines) == (found[1], found[0].engine_lines)
+            if digits == b"42":
+                assert found[0].visitor is None, "whose it is, is found out for each"
+            found[0].is_from(Visitor(None, "nobody"), edition := object())
+            again_found = known.find(data + b"body")
+            assert again_found is not None
+            assert (again_found[0].visitor, again_found[0].edition) == (found[0].visitor, edition), "unless it comes again"
+    assert head.fields != known.find(data)[0].fields  # type: ignore[index]
+    kept = remembered(known, set())
+    assert "Host: a" in kept
+    for secret in ("first", "second", "xxxx"):
+        assert secret not in kept
+
+
+def test_a_known_head_with_a_credential_lacks_nothing() -> None:
+    """It is a copy: an attribute that is added to heads has to be copied as well."""
+    known, key = KnownRequests(), b"Authorization: Bearer first\r\n"
+    more = b"Origin: http://b\r\nX-Forwarded-For: 192.0.2.1\r\nX-Request-Id: a\r\nX-MMD-Wait: 1\r\nExpect: 100-continue\r\n"
+    more += b"Connection: upgrade, x\r\nUpgrade: websocket\r\nSec-Fetch-Site: cross-site\r\n"
+    data = _KEYED.replace(b"POST /", b"GET /upstream/m/?a=b").replace(b"Content-Length: 42\r\n", b"") % (key + more)
+    parsed = learned(known, data)
+    found = known.find(data)
+    assert found is not None
+    for name in (name for name in dir(parsed) if not name.startswith("__") and not callable(getattr(parsed, name))):
+        if name not in ("key_index", "known", "key_digest"):
+            assert getattr(found[0], name) == getattr(parsed, name), name
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        b"Cookie: secret=1\r\n",
+        b"Proxy-Authorization: Basic secret\r\n",
+        b"pROXY-aUTHORIZATION: Basic secret\r\n",
+        b"Authorization: Bearer secret\r\nX-Api-Key: secret\r\n",
+        b"Authorization: Bearer secret\r\nCookie: a=b\r\n",
+        b"Sec-WebSocket-Protocol: realtime, openai-insecure-api-key.secret\r\n",
+        b"aUthorization: Bearer secret\r\nauthorization: Bearer secret\r\n",
+        b"AUTHORIZATION: Bearer secret\r\n",
+        b"api-key: secret\r\n",
+        b"X-Auth-Token: secret\r\n",
+        b"X-Session: secret\r\n",
+        b"Authorization: Digest a=secret, b=2\r\n",
+        b"Authorization: Bearer secret \xff\r\n",
+        b"X-Note: authorization: secret\r\n",
+        b"Referer: http://a/?access_token=secret\r\n",
+        b"Connection: x-api-key\r\nX-Api-Key: secret\r\n",
+    ],
+)
+def test_a_head_with_any_other_secret_is_not_remembered(fields: bytes) -> None:
+    known = KnownRequests()
+    learned(known, _KEYED % fields)
+    assert known.find(_KEYED % fields) is None
+    assert "secret" not in remembered(known, set())
+
+
+@pytest.mark.parametrize("target", [b"/x?key=secret", b"/x?a=1&access_token=secret", b"http://user:secret@a/"])
+def test_a_secret_in_the_target_is_not_remembered(target: bytes) -> None:
+    known = KnownRequests()
+    learned(known, (_KEYED % b"").replace(b" / ", b" %b " % target))
+    assert "secret" not in remembered(known, set())
+
+
+@given(st.binary(max_size=60), st.binary(max_size=60), st.booleans())
+@example(b"Bearer x\r\nContent-Length: 5", b"42", True)
+@example(b"Bearer ength: 5", b"42", True)
+@example(b"x, y", b"42", True)
+@example(b" x", b"42", True)
+@example(b"", b"42", True)
+def test_known_credentials_never_take_what_the_parser_would_not(key: bytes, digits: bytes, twice: bool) -> None:
+    known = KnownRequests()
+    learned(known, _KEYED % b"Authorization: Bearer first\r\n")
+    if twice:
+        assert known.find(_KEYED % b"Authorization: Bearer first\r\n") is not None, (
+            "and it is the last one, which is tried first"
+        )
+    data = (_KEYED % b"Authorization: Bearer first\r\n").replace(b"Bearer first", key).replace(b"42", digits)
+    found = known.find(data)
+    if found is not None:
+        again = RequestParser()
+        assert again.parse(data) == found[2]
+        assert (again.head.length, again.head.fields) == (found[1], found[0].fields)
+
+
+def test_an_answer_with_a_cookie_is_not_remembered(tmp_path: Path) -> None:
+    async def check() -> None:
+        head = b"HTTP/1.1 200 OK\r\nDate: Mon, 01 Jan 2024 00:00:00 GMT\r\nSet-Cookie: secret\r\nContent-Length: 2\r\n\r\n{}"
+        async with relay(tmp_path, Script(head, head)) as running:
+            connection = await running.connect()
+            for _ in range(2):
+                assert (await connection.ask(chat_bytes()))[0] == 200
+        assert b"secret" not in repr(list(exchange._known._heads)).encode()
+
+    run(check())

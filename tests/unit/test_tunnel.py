@@ -10,9 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from relay_gateway import Engine, Running, engine, gateway, run, until
+from relay_gateway import Engine, Running, engine, gateway, outer_address, run, until
 
-from mmd.config import Gateway
+from mmd.config import Gateway, Timeouts
 from mmd.gateway.tunnel import Patience
 from mmd.gateway.tunnel_server import TunnelServer
 from mmd.names import CPU, UnitName
@@ -42,12 +42,13 @@ async def tunnelling(
     workers: int = 0,
     patience: Patience | None = None,
     settings: Gateway | None = None,
+    host: str = "127.0.0.1",
 ) -> AsyncIterator[Port]:
     async with (
         engine(path / "engine.sock", serve) as endpoint,
         gateway({"m": endpoint}, ready=ready, workers=workers, settings=settings) as running,
     ):
-        listening = socket.create_server(("127.0.0.1", 0))
+        listening = socket.create_server((host, 0))
         server = TunnelServer("mmd-port-m", running.dispatcher, listening, "m", patience=patience)
         await server.start()
         try:
@@ -168,6 +169,32 @@ def test_an_engine_that_does_not_read_holds_the_client_up(tmp_path: Path) -> Non
         reset(writer)
 
     scenario(tmp_path, hang, body)
+
+
+@pytest.mark.parametrize("reads", ["client", "engine"])
+def test_who_reads_nothing_of_what_waits_for_it_is_cut_off(tmp_path: Path, reads: str) -> None:
+    """Also of less than stops the other side from writing."""
+
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        if reads == "client":  # fills the kernel's buffers, and leaves some of it to the gateway
+            reader._transport.pause_reading()  # type: ignore[attr-defined]
+            await asyncio.sleep(20)
+        writer.write(b"x" * (16 << 20))
+        await reader.read()
+
+    async def body(port: Port) -> None:
+        _, writer = await port.connect()
+        if reads == "engine":
+            writer.transport.pause_reading()  # type: ignore[attr-defined]
+            writer.write(b"hello")
+        else:
+            writer.write(b"x" * (16 << 20))
+        await until(lambda: port.server.connections)
+        await until(lambda: not port.server.connections)
+        writer.transport.abort()
+
+    settings = Gateway(timeouts=Timeouts(stalled_s=0.5))
+    scenario(tmp_path, serve, body, settings=settings)
 
 
 def test_a_reset_by_either_side_reaches_the_other(tmp_path: Path) -> None:
@@ -395,4 +422,4 @@ def test_a_client_has_no_more_connections_than_it_may(tmp_path: Path) -> None:
         for _, each in (first, (reader, writer)):
             each.close()
 
-    scenario(tmp_path, echo, body, settings=Gateway(connections_per_client=2))
+    scenario(tmp_path, echo, body, settings=Gateway(connections_per_client=2), host=outer_address())

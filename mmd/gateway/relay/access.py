@@ -51,7 +51,7 @@ class Access:
         if request.edition is self._edition and request.visitor is not None:
             return request.visitor
         visitor = self._find(request)
-        request.edition, request.visitor = self._edition, visitor
+        request.is_from(visitor, self._edition)
         return visitor
 
     def named(self, name: str) -> Visitor | None:

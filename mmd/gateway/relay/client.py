@@ -1,17 +1,19 @@
 """A client's connection: requests in, one after the other, each with its answer before the next is looked at."""
 
 import asyncio
-import os
 from collections.abc import Callable
 from typing import Final, cast
 
 from mmd.config import Timeouts
 from mmd.gateway.api_error import ApiError
+from mmd.gateway.relay.clients import Whose
 from mmd.gateway.relay.exchange import Exchange, error_lines
-from mmd.gateway.relay.framing import Body, Chunked, Length
+from mmd.gateway.relay.framing import Chunked, Length
 from mmd.gateway.relay.head import MalformedError, RequestHead, RequestParser
 from mmd.gateway.relay.host import Host
-from mmd.gateway.relay.known import KnownHeads
+from mmd.gateway.relay.known import KnownRequests
+from mmd.gateway.relay.moving import detached, discard, no_descriptor
+from mmd.gateway.relay.slowness import Unread, Upload
 
 __all__ = ["ClientConnection"]
 
@@ -25,11 +27,7 @@ _LINGER_S: Final = 2.0
 # When to look again whether the client has read what was written to it.
 _FLUSH_S: Final = 0.05
 
-_known: Final[KnownHeads[RequestHead]] = KnownHeads()
-
-
-def _discard(_: bytes) -> None:
-    """Where bytes go after the connection is gone."""
+_known: Final = KnownRequests()
 
 
 class ClientConnection(asyncio.Protocol):
@@ -49,10 +47,12 @@ class ClientConnection(asyncio.Protocol):
         "_resumed",
         "_since",
         "_tunnel",
+        "_unread",
         "close_after",
         "exchange",
         "stalled",
         "transport",
+        "whose",
         "write",
     )
 
@@ -64,8 +64,10 @@ class ClientConnection(asyncio.Protocol):
         self._loop = loop
         self._since = loop.time()
         self._parser: RequestParser | None = None
-        self._body: Body | None = None
+        self._body: Upload | None = None
         """The request's body, while it is being read."""
+        self._unread = Unread()
+        self.whose = Whose()
         self.exchange: Exchange | None = None
         """The request in hand."""
         self._ahead = b""
@@ -86,7 +88,7 @@ class ClientConnection(asyncio.Protocol):
         self.close_after = False
         """The connection ends with the present answer."""
         self.transport: asyncio.Transport | None = None
-        self.write: Callable[[bytes], None] = _discard
+        self.write: Callable[[bytes], None] = discard
 
     # What asyncio calls.
 
@@ -103,7 +105,7 @@ class ClientConnection(asyncio.Protocol):
 
     def connection_lost(self, _: Exception | None) -> None:
         self.transport = None
-        self.write = _discard
+        self.write = discard
         self._host.went(self)
         self._gone()
 
@@ -201,10 +203,8 @@ class ClientConnection(asyncio.Protocol):
             self._ahead = data[length:]
             exchange.whole(data[:length])
             return self._take_ahead()
-        if request.chunked:
-            self._body = Chunked()
-        elif length:
-            self._body = Length(length)
+        if request.chunked or length:
+            self._body = Upload(Length(length) if length else Chunked(), self._since)
         exchange.begin()
         if exchange.over:
             return data
@@ -214,7 +214,7 @@ class ClientConnection(asyncio.Protocol):
             self.write(b"HTTP/1.1 100 Continue\r\n\r\n")
         return data
 
-    def _read_body(self, body: Body, data: bytes) -> bytes:
+    def _read_body(self, body: Upload, data: bytes) -> bytes:
         exchange = self.exchange
         assert exchange is not None
         piece, rest = body.feed(data)
@@ -244,12 +244,10 @@ class ClientConnection(asyncio.Protocol):
 
     def _refuse(self, error: ApiError) -> None:
         """Answer what is no request; nothing after it can be trusted."""
-        exchange = self.exchange
-        if exchange is not None:
-            self.close_after = True
-            exchange.fail(error)
-            return
         self.close_after = True
+        if self.exchange is not None:
+            self.exchange.fail(error)
+            return
         lines, framing, content = error_lines(error)
         self.write(self.head(lines, framing) + content)
         self._close(linger=True)
@@ -275,6 +273,8 @@ class ClientConnection(asyncio.Protocol):
             return
         self.exchange = None
         self._since = self._loop.time()
+        if self.whose.forwarded:
+            self._host.answered(self)
         if self.transport is None or self._closing:
             return
         if self.close_after or self._body is not None:
@@ -296,7 +296,11 @@ class ClientConnection(asyncio.Protocol):
             self._loop.call_later(_FLUSH_S, self.leave)
             return True
         data, begun = request + self._read_so_far + self._ahead, None if exchange is None else exchange.begun
-        heir(self._detach(transport), data, begun, exchange is not None)
+        connection = detached(transport)
+        if connection < 0:
+            return False
+        self._closing = True
+        heir(connection, data, begun, exchange is not None)
         if exchange is not None:
             self.exchange = None
             exchange.withdraw()
@@ -312,16 +316,12 @@ class ClientConnection(asyncio.Protocol):
             self._full = True
             self._regulate()
             self._loop.call_later(_FLUSH_S, self._pass_on, read)
+            return
+        connection = detached(transport)
+        if connection < 0:
+            self._refuse(no_descriptor())
         else:
-            self._host.pass_on(self._detach(transport), read, self._resumed)
-
-    def _detach(self, transport: asyncio.Transport) -> int:
-        """Close without the client noticing: the connection lives on in the descriptor that this returns. Nothing is unsent."""
-        self._closing = True
-        transport.pause_reading()
-        descriptor = os.dup(transport.get_extra_info("socket").fileno())
-        transport.abort()
-        return descriptor
+            self._host.pass_on(connection, read, self._resumed)
 
     def switched(self) -> None:
         """After a 101: bytes go to the exchange as they come."""
@@ -332,6 +332,8 @@ class ClientConnection(asyncio.Protocol):
 
     def hold_body(self, *, full: bool) -> None:
         """Whether the upstream has enough of the request's body for the moment."""
+        if self._body is not None:
+            self._body.hold(self._loop.time(), full=full)
         self._full = full
         self._regulate()
 
@@ -342,6 +344,11 @@ class ClientConnection(asyncio.Protocol):
             self.transport.abort()
 
     # The rest.
+
+    @property
+    def idle_since(self) -> float | None:
+        """Since when it has no request in hand, or the beginning of one; None: it has one."""
+        return None if self.exchange is not None else self._since
 
     def _regulate(self) -> None:
         pause = self._full or len(self._ahead) > _AHEAD_MAX_BYTES
@@ -382,12 +389,12 @@ class ClientConnection(asyncio.Protocol):
     def check(self, now: float, allowed: Timeouts) -> None:
         """End the connection if the client has been silent for too long. What waits for an answer waits."""
         silent_s = now - self._since
-        if self.stalled and silent_s > allowed.stalled_s:
+        if (self.stalled and silent_s > allowed.stalled_s) or self._unread.stuck_s(self.transport, now) > allowed.stalled_s:
             self.abort()
         if self._closing or self._tunnel or self._full or self._ahead:
             return
         if self._parser is not None or self._body is not None:
-            if silent_s > allowed.request_s:
+            if silent_s > allowed.request_s or (self._body is not None and self._body.late(now, allowed)):
                 self._refuse(ApiError(408, "the request did not come in time", code="request_timeout"))
         elif self.exchange is None and silent_s > allowed.idle_s:
             self.close()

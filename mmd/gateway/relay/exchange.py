@@ -283,7 +283,9 @@ class Exchange:
             self._parser = parser
             return None
         self._parser = None
-        if first and not parser.head.field(b"location"):  # which may have to be written anew, see Route.lines
+        head = parser.head
+        # A location may have to be written anew, see Route.lines; a cookie is a secret of one client's.
+        if first and not head.field(b"location") and not head.field(b"set-cookie"):
             _known.learn(parser.head, data[:end])
         return parser.head, parser.head.length, end
 

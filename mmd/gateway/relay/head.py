@@ -122,6 +122,9 @@ _OWN_SITE = frozenset((b"", b"none", b"same-origin"))
 # The id is written anew.
 _NOT_TO_ENGINE = frozenset((b"authorization", b"x-api-key", b"cookie", b"accept-encoding", _WAIT, FIELD))
 
+# What a proxy says of its client. Engines believe who connects to them, so anybody's word for it would be as good as a proxy's.
+_FORWARDED = (b"forwarded", b"x-forwarded-", b"x-real-ip", b"x-client-ip")
+
 KEY_PROTOCOL: Final = b"openai-insecure-api-key."
 """Begins the subprotocol by which browsers send a WebSocket's key (platform.openai.com/docs/guides/realtime-websocket)."""
 
@@ -140,6 +143,8 @@ class RequestHead(_Head):
         """Its X-Request-Id, if it has one that is sane; it is not among the other lines."""
         self.engine_lines = b""
         """The fields that an engine gets."""
+        self.forwarded_lines = b""
+        """Those that it gets besides from a trusted proxy (gateway.trusted_proxies)."""
         self.origin = b""
         """Of the page that a browser acts for."""
         self.needs_leave = False
@@ -154,6 +159,18 @@ class RequestHead(_Head):
         self.visitor: Visitor | None = None
         """Whose key came with it, as `Access` found out when it had the keys of that `edition`."""
         self.edition: object = None
+        self.key_index = -1
+        """Which of `fields` lacks its value: the credential, where the head is remembered (mmd.gateway.relay.known)."""
+        self.known: RequestHead | None = None
+        """That head, of one that was found again, with another credential."""
+        self.key_digest = b""
+        """Of the credential that `visitor` came with."""
+
+    def is_from(self, visitor: "Visitor", edition: object) -> None:
+        """Remember whose key came with it, also where the same credential comes again with the same head."""
+        self.visitor, self.edition = visitor, edition
+        if self.known is not None:
+            self.known.visitor, self.known.edition, self.known.key_digest = visitor, edition, self.key_digest
 
     def written(self, length: int, wait: bytes, id_line: bytes = b"") -> bytes:
         """The head of the same request with a body of `length` bytes, for another reader. `wait`: what is left of its wait;
@@ -220,6 +237,7 @@ class RequestHead(_Head):
         self.needs_leave = self.origin != b"" and (asks or self.websocket)
         self.id_line = id_line(self.field(FIELD))
         self.engine_lines = _lines(_for_engine(self.fields))
+        self.forwarded_lines = _lines(field for field in self.fields if field[0].startswith(_FORWARDED))
 
     def _origin_form(self) -> None:
         """Absolute targets are legal (RFC 9112, 3.2.2), and name the host as well."""
@@ -236,7 +254,7 @@ _NOT_TO_CLIENT = frozenset((b"server", FIELD))
 
 def _for_engine(fields: Iterable[tuple[bytes, bytes, bytes]]) -> Iterator[tuple[bytes, bytes, bytes]]:
     for lower, name, value in fields:
-        if lower in _NOT_TO_ENGINE:
+        if lower in _NOT_TO_ENGINE or lower.startswith(_FORWARDED):
             continue
         if lower == b"sec-websocket-protocol" and KEY_PROTOCOL in value:
             offered = [each.strip() for each in value.split(b",")]

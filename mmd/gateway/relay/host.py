@@ -28,6 +28,9 @@ class Host(Protocol):
     def went(self, client: "ClientConnection") -> None:
         """It is no more."""
 
+    def answered(self, client: "ClientConnection") -> None:
+        """A request is over that came through a trusted proxy."""
+
     @property
     def heir(self) -> Callable[[int, bytes, bool | None, bool], None] | None:
         """Where connections go that have nothing to wait for here: a descriptor, what was read of it, and of an event stream

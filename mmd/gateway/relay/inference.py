@@ -20,10 +20,10 @@ from mmd.gateway.relay.gate import Gate
 from mmd.gateway.relay.head import RequestHead, ResponseHead
 from mmd.gateway.relay.kept import IdFinder
 from mmd.gateway.relay.request_id import own_line
+from mmd.gateway.relay.room import count_share, has_room
 from mmd.gateway.relay.routing import Aim, Route, UnknownAnswerError, not_taken
 from mmd.gateway.relay.visitor import Visitor
 from mmd.gateway.relay.waiting import EVENTS, WaitingExchange, wait_of
-from mmd.gateway.workers import worker_count
 from mmd.printable import quoted
 from mmd.quantity import format_size
 
@@ -65,18 +65,17 @@ class Inference:
         """By model name."""
         self.held_bytes = 0
         """The bodies that are here, see gateway.max_buffered."""
+        self.shares: dict[str, int] = {}
+        """Of these, what clients (`Whose.name`) have, as far as it was counted: while there is little it is not."""
         self.loop = asyncio.get_running_loop()
         self.id_prefix = f"{secrets.token_hex(3)}-".encode()
         """Of the ids of requests: no other process has the same."""
         self.last_number = 0
 
-    def has_room(self, more: int = 0) -> bool:
-        """Whether `more` bytes of bodies may be held besides. With workers, each process has its share."""
-        held = self.held_bytes + more
-        if held <= _ALWAYS_BYTES:
-            return True
-        gateway = self.gate.config.gateway
-        return held <= max(gateway.max_body_bytes, gateway.max_buffered_bytes // worker_count(gateway.workers))
+    def has_room(self, client: str, more: int = 0) -> bool:
+        """Whether `more` bytes of bodies may be held besides, of a client."""
+        held, own = self.held_bytes + more, self.shares.get(client, 0) + more
+        return has_room(self.gate.config.gateway, held, own)
 
     def counters_of(self, model: str) -> Counters:
         counters = self.counters.get(model)
@@ -113,6 +112,10 @@ class InferenceExchange(WaitingExchange):
         self._body_size = 0
         self._held = 0
         """How much of `Inference.held_bytes` is its own."""
+        self._shared_bytes = 0
+        """And of `Inference.shares`, its client's,"""
+        self._whose = ""
+        """whom it has when there is something."""
         self._target = b""
         self._body_in = b""
         """As the client sent it."""
@@ -134,13 +137,27 @@ class InferenceExchange(WaitingExchange):
             self.fail(not_taken(self.request, self._route.methods))
         elif self.length and self.length > self._limit():
             self.fail(self._too_large())
-        elif self.length and not self._shared.has_room(self.length):
+        elif self.length and not self._has_room(self.length):
             self.fail(_no_room())
 
     def _hold(self, size: int) -> None:
         """Reckon with `size` bytes of its body."""
-        self._shared.held_bytes += size - self._held
+        shared = self._shared
+        shared.held_bytes += size - self._held
         self._held = size
+        if self._shared_bytes or shared.held_bytes > _ALWAYS_BYTES:
+            self._count_share(size)
+
+    def _count_share(self, size: int) -> None:
+        if not self._shared_bytes:
+            self._whose = self.client.whose.name
+        count_share(self._shared.shares, self._whose, size - self._shared_bytes)
+        self._shared_bytes = size
+
+    def _has_room(self, more: int = 0) -> bool:
+        """Whether its client may have so much more here."""
+        shared = self._shared
+        return shared.held_bytes + more <= _ALWAYS_BYTES or shared.has_room(self.client.whose.name, more)
 
     def _limit(self) -> int:
         return self._shared.gate.config.gateway.max_body_bytes
@@ -158,7 +175,7 @@ class InferenceExchange(WaitingExchange):
         self._hold(size)
         if size > self._limit():
             self.fail(self._too_large())
-        elif not self._shared.has_room():
+        elif not self._has_room():
             self.fail(_no_room())
 
     def end(self) -> None:
@@ -173,7 +190,7 @@ class InferenceExchange(WaitingExchange):
             self.begin()
             return
         self._hold(len(body))
-        if not self._shared.has_room():
+        if not self._has_room():
             self.fail(_no_room())
             return
         try:
@@ -266,7 +283,7 @@ class InferenceExchange(WaitingExchange):
             self._target,
             host,
             self.id_line,
-            request.engine_lines,
+            request.engine_lines if not self.client.whose.proxied else request.engine_lines + request.forwarded_lines,
             framing,
         )
         self.upstream = connection
@@ -374,4 +391,5 @@ class InferenceExchange(WaitingExchange):
         if shared.gate.config.gateway.request_log:
             elapsed_s = shared.loop.time() - self._begun
             method, path = self.request.method.decode(), self.request.path.decode()
-            _log.info("%s %s %s %d %.3f s", method, path, quoted(model.name), self.status, elapsed_s)
+            client = self.client.whose.forwarded or self.client.whose.client or "unix"
+            _log.info("%s %s %s %d %.3f s %s", method, path, quoted(model.name), self.status, elapsed_s, client)

@@ -1,5 +1,7 @@
 """Requests that a worker holds no lease for, and asks for one by one."""
 
+import logging
+
 from mmd.gateway.api_error import ApiError, no_such_model
 from mmd.gateway.dispatcher import Dispatcher
 from mmd.gateway.ticket import Ticket
@@ -8,6 +10,8 @@ from mmd.gateway.workers.process import WorkerProcess
 from mmd.names import UnitName
 
 __all__ = ["Desk"]
+
+_log = logging.getLogger(__name__)
 
 
 class Desk:
@@ -60,6 +64,10 @@ class Desk:
             unit = await place.admitted()
         except ApiError as error:
             self._worker.say(Refused.of(number, error))
+        except Exception:  # whatever it is, the client is not left waiting
+            _log.exception("a request for %s failed", place.model.name)
+            message = "internal error; see journalctl -u mmd-gateway"
+            self._worker.say(Refused.of(number, ApiError(500, message, code="internal_error")))
         else:
             assert unit is not None, "there was no limit to the wait"
             self._worker.say(Admitted(number, str(unit), self._dispatcher.endpoint(unit)))

@@ -1,5 +1,7 @@
 """What the deciding process and a worker say to each other, over a `mmd.gateway.channel`."""
 
+from typing import Final
+
 import msgspec
 
 from mmd.gateway.api_error import ApiError
@@ -34,6 +36,10 @@ __all__ = [
     "ToDecider",
     "ToWorker",
 ]
+
+
+# Of the text of an error. What an engine wrote may be of any length, and nobody reads that much.
+_TEXT_MAX: Final = 32768
 
 
 class Begin(msgspec.Struct, frozen=True, tag=True):
@@ -122,7 +128,8 @@ class Refused(msgspec.Struct, frozen=True, tag=True):
 
     @classmethod
     def of(cls, number: int, error: ApiError) -> "Refused":
-        return cls(number, error.status, error.message, error.code, error.param, error.retry_after_s, error.tail)
+        message, tail = _shortened(error.message, error.tail)
+        return cls(number, error.status, message, error.code, error.param, error.retry_after_s, tail)
 
     def error(self) -> ApiError:
         return ApiError(
@@ -133,6 +140,19 @@ class Refused(msgspec.Struct, frozen=True, tag=True):
             retry_after_s=self.retry_after_s,
             tail=self.tail,
         )
+
+
+def _shortened(message: str, tail: tuple[str, ...]) -> tuple[str, tuple[str, ...]]:
+    """An error's text within `_TEXT_MAX` characters: the beginning of the message and the last lines, which say most."""
+    if len(message) > _TEXT_MAX:
+        message = f"{message[:_TEXT_MAX]}..."
+    room, kept = _TEXT_MAX, list[str]()
+    for line in reversed(tail):
+        if len(line) >= room:
+            break
+        room -= len(line) + 1
+        kept.append(line)
+    return message, tuple(reversed(kept))
 
 
 class Kept(msgspec.Struct, frozen=True, tag=True):
