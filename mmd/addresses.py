@@ -18,6 +18,11 @@ class Address(NamedTuple):
     host: str
     port: int = 0
 
+    @property
+    def is_loopback(self) -> bool:
+        """Whether only this machine reaches it; so with a Unix socket."""
+        return self.port == 0 or self.host == "::1" or self.host.startswith("127.")
+
     def clashes(self, other: "Address") -> bool:
         """Whether nobody can listen on both."""
         if self.port == 0 or other.port == 0:
