@@ -19,9 +19,9 @@ class Address(NamedTuple):
     port: int = 0
 
     @property
-    def is_local(self) -> bool:
-        """Whether only this machine reaches it: a Unix socket, or an address of loopback."""
-        return self.port == 0 or self.host.startswith("127.") or self.host == "::1"
+    def is_loopback(self) -> bool:
+        """Whether only this machine reaches it; so with a Unix socket."""
+        return self.port == 0 or self.host == "::1" or self.host.startswith("127.")
 
     def clashes(self, other: "Address") -> bool:
         """Whether nobody can listen on both."""

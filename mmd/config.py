@@ -10,6 +10,7 @@ from types import MappingProxyType
 from typing import NamedTuple
 
 __all__ = [
+    "AddedPorts",
     "AdminAuth",
     "Config",
     "Device",
@@ -36,6 +37,13 @@ __all__ = [
 class AdminAuth(StrEnum):
     KEY = "key"
     OPEN = "open"
+
+
+class AddedPorts(StrEnum):
+    """Where a model that is added through the admin API may have its own port."""
+
+    LOOPBACK = "loopback"
+    ANY = "any"
 
 
 class Provider(StrEnum):
@@ -87,6 +95,7 @@ class Gateway(NamedTuple):
     listen: tuple[str, ...] = ("127.0.0.1:8000",)
     admin_listen: tuple[str, ...] = ("127.0.0.1:8001",)
     admin_auth: AdminAuth = AdminAuth.KEY
+    added_ports: AddedPorts = AddedPorts.LOOPBACK
     cors_origins: tuple[str, ...] = ()
     hosts: tuple[str, ...] = ()
     """Names that lead here, besides those that the machine knows for its own."""

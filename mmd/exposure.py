@@ -24,13 +24,13 @@ def gateway_exposures(gateway: Gateway) -> Iterator[Exposure]:
     """Of the gateway's own addresses; paths start at the top."""
     for key, addresses in (("listen", gateway.listen), ("admin_listen", gateway.admin_listen)):
         for index, address in enumerate(addresses):
-            if not parse_address(address).is_local:
+            if not parse_address(address).is_loopback:
                 yield Exposure((("gateway", key, index), f"other machines reach {address} and need no API key", _MAKE_KEY))
 
 
 def port_exposure(model: Model) -> Exposure | None:
     """Of a model's own port; the path starts below the model."""
-    if model.port is None or parse_address(model.port).is_local:
+    if model.port is None or parse_address(model.port).is_loopback:
         return None
     if model.port_protocol is PortProtocol.TCP:
         message = f"other machines reach {model.port}, where no API key is ever asked for (port_protocol: tcp)"

@@ -200,7 +200,7 @@ class _Loader:
             value, complaints = self._section(document, entry)
             below: list[Complaint] = []
             if isinstance(value, Gateway):
-                value = check_gateway(value, below)
+                value = check_gateway(value, below, scope=self._scope)
             elif isinstance(value, Gpus):
                 value = check_gpus(value, below)
             elif isinstance(value, Resources):

@@ -6,12 +6,12 @@ from mmd.config import EngineKind
 from mmd.setting import Entry, Section, Setting, by_key
 from mmd.sizes import BYTES_PER_WEIGHT
 
-__all__ = ["ADMINISTRATORS_ONLY", "DEFAULTS", "MODEL", "PROFILE"]
+__all__ = ["DEFAULTS", "MODEL", "PROFILE", "ROOT_ONLY"]
+
+ROOT_ONLY = frozenset({"secrets", "user"})
+"""Model settings that only root may choose, in mmd.yaml or models.d: the registrar refuses them (mmd.registry)."""
 
 _ALL = frozenset(EngineKind)
-ADMINISTRATORS_ONLY = frozenset({"user"})
-"""Keys that only a file says which root writes: whoever may add models by the gateway must not choose whose files one reads."""
-
 _STARTED = _ALL - {EngineKind.EXTERNAL}
 _SLEEPING = frozenset({EngineKind.VLLM, EngineKind.SIM})
 _COMMAND = frozenset({EngineKind.COMMAND})
@@ -216,7 +216,7 @@ MODEL = Section(
             "port",
             kinds.ADDRESS,
             "",
-            "A port of its own: a TCP address, or the path of a Unix socket. Whatever is asked there is for this model.",
+            "A port of its own: a TCP address, or a Unix socket in /run/mmd/ports. Whatever is asked there is for this model.",
         ),
         Setting(
             "port_protocol",

@@ -15,13 +15,14 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from mmd.config import Model
+from mmd.addresses import parse_address
+from mmd.config import AddedPorts, Model
 from mmd.errors import MmdError
 from mmd.load import Loaded, load_files, read_files
-from mmd.model_settings import ADMINISTRATORS_ONLY
+from mmd.model_settings import ROOT_ONLY
 from mmd.names import is_unit_id, slug
 from mmd.problem import Problem
-from mmd.scope import Scope
+from mmd.scope import Scope, ScopeKind
 from mmd.similar import nearest
 from mmd.units import render_units
 from mmd.yamlfile import Document, dump, parse
@@ -31,6 +32,9 @@ __all__ = ["Fault", "Registered", "RegistryError", "add", "plan", "remove", "rev
 _HEADER = "# Made by `mmdctl add`. `mmdctl add --replace` or an editor changes it, `mmdctl remove` removes it.\n"
 _MODE = 0o644
 """As the generator's units, which show the same to everybody."""
+
+_FREE_PORT = 1024
+"""Ports below are root's (ip(7), ip_unprivileged_port_start)."""
 
 Files = list[tuple[Path, bytes]]
 
@@ -105,7 +109,6 @@ def plan(scope: Scope, models: Mapping[str, Any], *, replace: bool = False) -> R
     book = _Book(files)
     drafts: dict[Path, tuple[str, str]] = {}
     for name, settings in models.items():
-        _check_rights(name, settings)
         file = _place(scope, book, name, settings, replace=replace)
         if file in drafts:
             message = f"{drafts[file][0]!r} and {name!r} have the same unit id, {file.stem}"
@@ -115,16 +118,9 @@ def plan(scope: Scope, models: Mapping[str, Any], *, replace: bool = False) -> R
     whole = {**dict(files), **{file: text.encode() for file, text in texts.items()}}
     main, *drop_ins = sorted(whole, key=lambda file: (file != scope.config_file, file))
     loaded = load_files([(file, whole[file]) for file in (main, *drop_ins)], scope=scope, problems=problems)
+    _check_rights(loaded, scope, models)
     _examine(loaded, scope, texts, before=load_files(files, scope=scope, problems=problems).problems)
     return Registered(texts, {name: revision(loaded.config.models[name]) for name in models})
-
-
-def _check_rights(name: str, settings: object) -> None:
-    """RegistryError when it says what only root may."""
-    said = sorted(ADMINISTRATORS_ONLY.intersection(settings)) if isinstance(settings, Mapping) else []
-    if said:
-        key = f"models.{name}.{said[0]}"
-        raise RegistryError(Fault.INVALID, f"{key}: only root may set it", hint="in /etc/mmd/mmd.yaml", key=key)
 
 
 def _folder(scope: Scope) -> Path:
@@ -216,6 +212,30 @@ def _examine(loaded: Loaded, scope: Scope, drafts: Mapping[Path, str], *, before
     if problems:
         message = f"the configuration has problems already, so that nothing new is taken: {problems[0]}"
         raise RegistryError(Fault.UNSOUND, message, hint="correct that first: mmdctl check")
+
+
+def _check_rights(loaded: Loaded, scope: Scope, models: Mapping[str, Any]) -> None:
+    """RegistryError when a model is given what only root may give. What root's defaults and profiles say is root's choice.
+
+    Members of mmd-admin add models by the registrar, and root writes files: so this is checked here, before a file is written,
+    and not by the loader. A user's own instance belongs to who adds.
+    """
+    if scope.kind is ScopeKind.USER:
+        return
+    for name, settings in models.items():
+        given = sorted(ROOT_ONLY & set(settings)) if isinstance(settings, Mapping) else []
+        if given:
+            key = f"models.{name}.{given[0]}"
+            raise RegistryError(Fault.INVALID, f"{key}: only root may set it", hint=f"in {scope.config_file}", key=key)
+        model = loaded.config.models.get(name)
+        if model is None or model.port is None or loaded.config.gateway.added_ports is AddedPorts.ANY:
+            continue
+        address = parse_address(model.port)
+        if address.port and (address.port < _FREE_PORT or not address.is_loopback):
+            key = f"models.{name}.port"
+            message = f"{key}: {model.port} is not a loopback address with a port of at least {_FREE_PORT}"
+            hint = f"write 127.0.0.1:{max(address.port, _FREE_PORT)}, or gateway: {{added_ports: any}} in {scope.config_file}"
+            raise RegistryError(Fault.INVALID, message, hint=hint, key=key)
 
 
 def _without_place(problem: Problem) -> str:

@@ -1,7 +1,9 @@
 """What a schema cannot say of a configuration: rules between keys, between models, and between a model and its machine."""
 
 import os
+import re
 from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 from mmd.addresses import parse_address
@@ -9,7 +11,7 @@ from mmd.check import Complaint
 from mmd.config import AdminAuth, Device, EngineKind, Gateway, Gauge, Gpus, Listen, Model, PortProtocol, Provider, Resources
 from mmd.model_settings import MODEL
 from mmd.names import Placement, UnitName, slice_index
-from mmd.scope import Scope
+from mmd.scope import OWN_SOCKETS, Scope
 from mmd.setting import Later, Section
 from mmd.similar import nearest
 
@@ -73,7 +75,7 @@ def check_model(model: Model, *, scope: Scope, resources: Resources) -> Iterator
     if isinstance(model.gpus, tuple) and len(set(model.gpus)) < len(model.gpus):
         yield ("gpus",), "names a GPU twice", ""
     yield from _check_replicas(model)
-    yield from _check_port(model)
+    yield from _check_port(model, scope)
     for name in model.resources:
         if name not in resources.names:
             match = nearest(name, resources.names)
@@ -98,7 +100,7 @@ def _check_replicas(model: Model) -> Iterator[Complaint]:
         yield ("listen",), "replicas cannot share a port", "write tcp: a free port is chosen for each"
 
 
-def _check_port(model: Model) -> Iterator[Complaint]:
+def _check_port(model: Model, scope: Scope) -> Iterator[Complaint]:
     if model.port is None:
         if model.port_protocol is not PortProtocol.HTTP:
             yield ("port_protocol",), "needs a port", 'such as port: "127.0.0.1:8081"'
@@ -106,6 +108,8 @@ def _check_port(model: Model) -> Iterator[Complaint]:
         yield ("port",), f"{model.port} is not an IPv6 address and a port", "write [::1]:8081"
     elif model.port.startswith("/") and len(model.port.encode()) > _SOCKET_PATH_MAX_BYTES:
         yield ("port",), f"a socket's path has at most {_SOCKET_PATH_MAX_BYTES} bytes", ""
+    elif model.port.startswith("/") and not _is_directly_in(scope.port_dir, model.port):
+        yield ("port",), f"{model.port} is not in {scope.port_dir}", f"write {scope.port_dir}/{model.id}.sock"
     if model.port_protocol is PortProtocol.TCP and (model.endpoint or "").startswith("https:"):
         yield ("port_protocol",), "tcp does not reach an endpoint that speaks TLS", "write http"
 
@@ -147,7 +151,13 @@ class NamesTaken:
         self._aliases.update((name, model.name) for name in (*model.aliases, *model.lora))
 
 
-def check_gateway(gateway: Gateway, complaints: list[Complaint]) -> Gateway:
+def _is_directly_in(folder: Path, path: str) -> bool:
+    """Whether `path` is a plain name in `folder`, written in its one way."""
+    above, _, name = path.rpartition("/")
+    return above == str(folder) and re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9._-]*", name) is not None
+
+
+def check_gateway(gateway: Gateway, complaints: list[Complaint], *, scope: Scope) -> Gateway:
     """The gateway without the addresses that cannot be listened on."""
     seen: set[str] = set()
     kept: dict[str, list[str]] = {"listen": [], "admin_listen": []}
@@ -159,6 +169,12 @@ def check_gateway(gateway: Gateway, complaints: list[Complaint]) -> Gateway:
                 complaints.append(((key, index), f"{address} is not an IPv6 address and a port", "write [::1]:8000"))
             elif address.startswith("/") and len(address.encode()) > _SOCKET_PATH_MAX_BYTES:
                 complaints.append(((key, index), f"a socket's path has at most {_SOCKET_PATH_MAX_BYTES} bytes", ""))
+            elif address.startswith("/") and not _is_directly_in(scope.runtime_dir, address):
+                hint = f"write {scope.runtime_dir}/api.sock"
+                complaints.append(((key, index), f"{address} is not in {scope.runtime_dir}", hint))
+            elif address.startswith("/") and address.rpartition("/")[2] in (*OWN_SOCKETS, scope.port_dir.name):
+                hint = f"write {scope.runtime_dir}/api.sock"
+                complaints.append(((key, index), f"{address} is mmd's own", hint))
             else:
                 kept[key].append(address)
             seen.add(address)
@@ -171,7 +187,7 @@ def check_gateway(gateway: Gateway, complaints: list[Complaint]) -> Gateway:
 
 def _admin_auth(gateway: Gateway, admin_listen: Iterable[str], complaints: list[Complaint]) -> AdminAuth:
     """Not `open` where other machines reach the admin API: who may add models there runs programs here."""
-    reached = [address for address in admin_listen if not parse_address(address).is_local]
+    reached = [address for address in admin_listen if not parse_address(address).is_loopback]
     if gateway.admin_auth is not AdminAuth.OPEN or not reached:
         return gateway.admin_auth
     message = f"open is for loopback only, and other machines reach gateway.admin_listen, {reached[0]}"

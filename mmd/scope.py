@@ -8,7 +8,13 @@ from typing import NamedTuple
 
 from mmd.names import UnitName
 
-__all__ = ["Scope", "ScopeKind"]
+__all__ = ["OWN_SOCKETS", "Scope", "ScopeKind"]
+
+
+OWN_SOCKETS = frozenset(
+    {"admin.sock", "gpu-probe.sock", "registrar.sock", "unit-broker.sock", "journal.sock", "fetch.sock", "relay.sock"}
+)
+"""Names in the runtime directory at which mmd's own programs listen, or are to: nothing that is configured may take one."""
 
 
 class ScopeKind(StrEnum):
@@ -38,6 +44,12 @@ class Scope(NamedTuple):
     @property
     def admin_socket(self) -> Path:
         return self.runtime_dir / "admin.sock"
+
+    @property
+    def port_dir(self) -> Path:
+        """The only directory for Unix sockets of models' own ports. In a system instance root owns it: PID 1 removes what is in
+        a socket's way and makes missing directories, which must not happen where anyone else has a say."""
+        return self.runtime_dir / "ports"
 
     @property
     def probe_socket(self) -> Path:

@@ -69,6 +69,13 @@ _GATEWAY = Section(
             "Who may change things over admin_listen: key (without an admin key it is read-only) or open (everybody).",
         ),
         Setting(
+            "added_ports",
+            kinds.choice(config.AddedPorts, make=config.AddedPorts),
+            "loopback",
+            "What ports of their own models may have that are added through the admin API: loopback (from 1024 on, at loopback "
+            "addresses, or a Unix socket) or any.",
+        ),
+        Setting(
             "cors_origins",
             kinds.listing(ORIGIN),
             "[]",

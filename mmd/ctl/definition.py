@@ -9,7 +9,7 @@ from typing import Any
 from mmd.build import merge
 from mmd.ctl.exits import CtlError, Exit
 from mmd.kinds import BOOLEAN, BadValueError, Kind
-from mmd.model_settings import ADMINISTRATORS_ONLY, MODEL
+from mmd.model_settings import MODEL, ROOT_ONLY
 from mmd.setting import Setting
 from mmd.yamlfile import parse
 
@@ -67,7 +67,7 @@ def _scalars() -> Iterator[Setting]:
     for entry in MODEL.entries.values():
         if (
             isinstance(entry, Setting)
-            and entry.key not in ADMINISTRATORS_ONLY
+            and entry.key not in ROOT_ONLY
             and entry.kind.schema.get("type") not in ("array", ["object", "null"])
         ):
             yield entry

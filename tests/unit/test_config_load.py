@@ -32,7 +32,7 @@ def test_an_empty_file_is_all_defaults() -> None:
 def test_everything() -> None:
     loaded = load_text(
         """\
-gateway: {listen: ["[::1]:8000", /run/x.sock], admin_auth: open, max_body: 1MiB, loading_keepalive: never, workers: 1}
+gateway: {listen: ["[::1]:8000", /run/mmd/x.sock], admin_auth: open, max_body: 1MiB, loading_keepalive: never, workers: 1}
 gpus: {provider: static, reserve: 0, devices: [{memory: 24GiB}]}
 resources: {ram: 64GiB, license: 2, disk: 200GiB, scratch: {command: ["df-free", /scratch], interval: 5s}}
 policy: {evict: lru, max_wait: 0}
@@ -65,7 +65,7 @@ models:
     )
     assert loaded.problems == ()
     config = loaded.config
-    assert config.gateway.listen == ("[::1]:8000", "/run/x.sock")
+    assert config.gateway.listen == ("[::1]:8000", "/run/mmd/x.sock")
     assert config.gateway.loading_keepalive_s is None
     assert config.gpus == Gpus(Provider.STATIC, 0, (Device(memory_bytes=24 << 30),))
     assert config.resources.ram_bytes == 64 << 30
@@ -319,3 +319,40 @@ def test_render_reads_back(file: Path) -> None:
     models = {m.name: m._replace(profile=None, source=Path("mmd.yaml"), line=0) for m in config.models.values()}
     assert {m.name: m._replace(line=0) for m in again.config.models.values()} == models
     assert again.config._replace(models={}) == config._replace(models={})
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        "/etc/mmd/api-keys.yaml",
+        "/run/mmd/registrar.sock",
+        "/run/mmd/x.sock",
+        "/run/mmd/ports",
+        "/run/mmd/ports/",
+        "/run/mmd/ports/a/b",
+        "/run/mmd/ports//a",
+        "/run/mmd/ports/../x",
+        "/run/mmd/ports/.a",
+        "/run/mmd/ports/a b",
+        "//run/mmd/ports/a",
+    ],
+)
+def test_ports_are_sockets_in_our_own_directory(path: str) -> None:
+    """PID 1 removes what is at the path of a socket unit."""
+    loaded = load_text(f"models: {{a: {{gpus: 0, port: {path!r}}}}}")
+    assert loaded.config.models == {}
+    assert loaded.problems[0].key == "models.a.port"
+
+
+@pytest.mark.parametrize("key", ["gpu-probe.sock", "admin.sock", "registrar.sock", "ports", "ports/a", "../x", "", ".x", "a/b"])
+def test_the_gateway_listens_in_our_own_directory(key: str) -> None:
+    loaded = load_text(f"gateway: {{listen: ['/run/mmd/{key}']}}")
+    assert loaded.config.gateway.listen == ("127.0.0.1:8000",)
+    assert loaded.problems[0].key == "gateway.listen.0"
+
+
+def test_sockets_of_ours() -> None:
+    text = "gateway: {listen: [/run/mmd/api.sock]}\nmodels: {a: {gpus: 0, port: /run/mmd/ports/a.sock}}"
+    assert load_text(text).problems == ()
+    user = Scope.user({"HOME": "/h", "XDG_RUNTIME_DIR": "/run/user/5"})
+    assert load_text("models: {a: {gpus: 0, port: /run/user/5/mmd/ports/a.sock}}", scope=user).problems == ()

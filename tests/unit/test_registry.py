@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from mmd.load import load
+from mmd.model_settings import ROOT_ONLY
 from mmd.registration import carry_out, read_reply
 from mmd.registry import Fault, RegistryError, add, plan, remove, revision
 from mmd.scope import Scope
@@ -212,3 +213,20 @@ def test_requests_are_answered_whatever_they_are(scope: Scope) -> None:
     for reply in (b"", b"{", b"[]", b'{"fault": "nonsense"}', b"{}"):
         with pytest.raises(RegistryError, match="registrar"):
             read_reply(reply)
+
+
+def test_only_root_opens_ports_to_others(scope: Scope) -> None:
+    for port in ("0.0.0.0:9000", "127.0.0.1:80", "[::]:9000", "192.0.2.1:9000"):
+        with pytest.raises(RegistryError, match="not a loopback address"):
+            plan(scope, {"n": {"gpus": 0, "port": port}})
+    for port in ("127.0.0.1:9000", "localhost:9000", "[::1]:9000"):
+        assert plan(scope, {"n": {"gpus": 0, "port": port}}).models
+    text = scope.config_file.read_text()
+    scope.config_file.write_text(text + "\ngateway: {added_ports: any}\n")
+    assert plan(scope, {"n": {"gpus": 0, "port": "0.0.0.0:9000"}}).models
+
+
+def test_some_settings_are_roots(scope: Scope) -> None:
+    for key in ROOT_ONLY:
+        with pytest.raises(RegistryError, match="only root may set it"):
+            plan(scope, {"n": {"gpus": 0, key: "x"}})
