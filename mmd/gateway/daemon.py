@@ -234,12 +234,16 @@ class Daemon:
             await self.dispatcher.measure_all()
         except MmdError as error:
             _log.warning("cannot measure the models: %s", error)
+        except Exception:  # it is tried again, for as long as the gateway lives
+            _log.exception("cannot measure the models")
 
     async def _resynchronise(self) -> None:
         try:
             await self.dispatcher.resynchronise()
         except MmdError as error:
             _log.warning("cannot read the model units: %s", error)
+        except Exception:
+            _log.exception("cannot read the model units")
 
     async def _watch_systemd(self) -> None:
         while True:

@@ -105,14 +105,17 @@ class Dispatcher(Gate):
         now = self._loop.time()
         try:
             for action in self.scheduler.handle(event, now):
-                self._perform(action)
+                self._try_to_perform(action)
         finally:
             self._arm(now)
         if not isinstance(event, Arrived | Finished | Cancelled):
             self._announce()
-        self.narrator.heard(event)
-        if isinstance(event, Done | Measured | Observed | Reset):
-            self._write_lessons()
+        try:
+            self.narrator.heard(event)
+            if isinstance(event, Done | Measured | Observed | Reset):
+                self._write_lessons()
+        except Exception:  # to tell of it and to write it down come after what was decided, and undo none of it
+            _log.exception("cannot tell of an event")
 
     def request(self, model: Model, wait_s: float | None = None, *, operator: bool = False) -> Ticket:
         """Ask for an instance of `model`."""
@@ -219,6 +222,13 @@ class Dispatcher(Gate):
         else:
             self.post(Finished(request))
 
+    def _try_to_perform(self, action: Action) -> None:
+        """The scheduler reckons with every action that it has decided: one that fails must not take those behind it along."""
+        try:
+            self._perform(action)
+        except Exception:
+            _log.exception("cannot begin an action")
+
     def _perform(self, action: Action) -> None:
         match action:
             case Admit(request, unit):
@@ -238,11 +248,32 @@ class Dispatcher(Gate):
                 self._lender.recall(unit)
             case _:
                 _log.info("%s %s", type(action).__name__.lower(), action.unit)
-                self.narrator.begun(action)
                 self.spawn(self._act(action))
+                self.narrator.begun(action)
 
     async def _act(self, action: UnitAction) -> None:
-        done = await self.lifecycle.perform(action)
+        """Ends with a `Done`, whatever happens: without one the unit would be starting or stopping for ever."""
+        try:
+            done = await self.lifecycle.perform(action)
+        except Exception:
+            _log.exception("%s of %s failed", type(action).__name__.lower(), action.unit)
+            done = self._failed(action)
+        try:
+            self._tell_outcome(action, done)
+        except Exception:
+            _log.exception("cannot tell of the end of an action")
+        self.post(done)
+        if done.held_bytes is not None and isinstance(action, Start | Wake):
+            self.post(Measured(action.unit, done.held_bytes))
+
+    def _failed(self, action: UnitAction) -> Done:
+        """The result of an action that broke off: as far as is known, the unit is what it was."""
+        instance = self.scheduler.state.instances.get(action.unit)
+        phase, level = (Phase.STOPPED, 0) if instance is None else (instance.phase, instance.level)
+        reason = "an internal error: journalctl -u mmd-gateway"
+        return Done(action, Observed(action.unit, phase, level, reason=reason), ok=False, interrupted=True)
+
+    def _tell_outcome(self, action: UnitAction, done: Done) -> None:
         instance = self.scheduler.state.instances.get(action.unit)
         outcome = Outcome(done, held_bytes(instance) if instance else 0)
         overtaken = instance is None or instance.pending is not action  # by a stop, whose outcome counts
@@ -250,9 +281,6 @@ class Dispatcher(Gate):
             self.outcomes[action.unit] = outcome
             self.narrator.ended(outcome)
         _log.log(logging.INFO if done.ok or overtaken else logging.WARNING, "%s: %s", action.unit, outcome)
-        self.post(done)
-        if done.held_bytes is not None and isinstance(action, Start | Wake):
-            self.post(Measured(action.unit, done.held_bytes))
 
     async def _measure(self, unit: UnitName) -> None:
         measured = await self.lifecycle.measure(unit)

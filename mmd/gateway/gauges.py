@@ -25,6 +25,7 @@ from mmd.errors import MmdError
 from mmd.policy.events import Gauged
 from mmd.policy.ledger import RAM
 from mmd.quantity import SIZE_PATTERN, human_duration, parse_size
+from mmd.shortage import is_shortage
 
 __all__ = ["Gauges", "host_ram_bytes"]
 
@@ -126,8 +127,13 @@ class Gauges:
             pause_s = interval_s
             try:
                 free = await read()
-            except (MmdError, OSError) as error:
-                self._failed(name, str(error))
+            except Exception as error:
+                if is_shortage(error):  # of our own: it says nothing about the resource, so what is in force stays
+                    _log.warning("resource %s: not read this time: %s", name, error)
+                else:
+                    if not isinstance(error, MmdError | OSError):
+                        _log.exception("resource %s cannot be read", name)
+                    self._failed(name, str(error))
             else:
                 self._told(name, free)
                 if self._stand(name) == stand:
@@ -178,7 +184,7 @@ class _Command:
         try:
             process = self._process = _start(self._argv)
         except OSError as error:
-            raise MmdError(f"{program} cannot be run: {error.strerror}") from None
+            raise MmdError(f"{program} cannot be run: {error.strerror}") from error
         try:
             async with asyncio.timeout(self._timeout_s):
                 await _ended(process)
@@ -279,7 +285,7 @@ def _available_ram_bytes() -> int:
         found = dict(re.findall(r"^(\w+): +(\d+) kB$", _MEMINFO.read_text(), re.MULTILINE))
         total, available = (int(found[key]) << 10 for key in ("MemTotal", "MemAvailable"))
     except OSError as error:
-        raise MmdError(f"{_MEMINFO} cannot be read: {error.strerror}") from None
+        raise MmdError(f"{_MEMINFO} cannot be read: {error.strerror}") from error
     except KeyError as error:
         raise MmdError(f"{_MEMINFO} does not tell {error}") from None
     return available - _ram_reserve_bytes(total)

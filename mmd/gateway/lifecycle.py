@@ -7,10 +7,11 @@ from collections.abc import Callable, Mapping, Set
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from mmd.config import Model
+from mmd.config import EngineKind, Listen, Model
 from mmd.engines import engine
 from mmd.errors import MmdError
 from mmd.gateway.engine_client import EngineError, EnginePool
+from mmd.gateway.engine_socket import UNKNOWN_ENDPOINT, port_endpoint, socket_endpoint
 from mmd.gateway.memory import Memory
 from mmd.gateway.prerequisites import Prerequisites, Why
 from mmd.gateway.sleepers import Sleepers
@@ -88,8 +89,11 @@ class Lifecycle:
         """The last state read of every unit."""
 
     def endpoint(self, unit: UnitName) -> str | None:
-        """Where the engine of a ready unit listens, as its runner reported it."""
-        report = self._report(unit)
+        """Where the engine of a ready unit listens, see mmd.gateway.engine_socket; None while its runner has not reported."""
+        try:
+            report = self._report(unit)
+        except OSError:  # of our own, see Report.read: no sign that there is no engine
+            return UNKNOWN_ENDPOINT
         return report.endpoint if report is not None else None
 
     async def perform(self, action: UnitAction) -> Done:
@@ -121,8 +125,11 @@ class Lifecycle:
             seen = replace(seen, phase=Phase.FAILED, reason=why.reason, tail=why.tail)
         wanted = {Start: Phase.READY, Wake: Phase.READY, Sleep: Phase.SLEEPING, Stop: Phase.STOPPED}[type(action)]
         ok = not reason and seen.phase is wanted
-        if action.unit.placement.gpus and await self._memory.sample() and ok and isinstance(action, Start | Wake):
-            account = _Account(self._held(action.unit, await self._processes(action.unit)))
+        try:
+            if action.unit.placement.gpus and await self._memory.sample() and ok and isinstance(action, Start | Wake):
+                account = _Account(self._held(action.unit, await self._processes(action.unit)))
+        except Exception:  # a figure is missing; the result is not
+            _log.exception("cannot measure %s", action.unit)
         self._memory.changed()
         return Done(action, seen, ok, time.monotonic() - begun, account.held_bytes, account.freed_bytes, interrupted)
 
@@ -139,7 +146,20 @@ class Lifecycle:
             await asyncio.sleep(_REREAD_S)
 
     async def observe(self, state: UnitState) -> Observed:
-        """What a unit is doing, from systemd's state, the runner's report and, where in doubt, the engine itself."""
+        """What a unit is doing, from systemd's state, the runner's report and, where in doubt, the engine itself.
+
+        Whatever goes wrong with the latter two, systemd's state counts: a model must not stay in a state that it has left."""
+        try:
+            return await self._observe(state)
+        except Exception:
+            _log.exception("cannot tell more of %s than systemd says", state.unit)
+        unit = UnitName.parse(state.unit)
+        assert unit is not None, state.unit
+        level = self._sleepers.noted(unit, state.invocation_id)
+        asleep = level > 0 and _PHASES[state.active_state] is Phase.READY
+        return Observed(unit, Phase.SLEEPING if asleep else _PHASES[state.active_state], level if asleep else 0)
+
+    async def _observe(self, state: UnitState) -> Observed:
         unit = UnitName.parse(state.unit)
         assert unit is not None, state.unit
         self.units[unit] = state
@@ -168,9 +188,20 @@ class Lifecycle:
         report = Report.read(self._scope.unit_dir(unit))
         if report is None or report.invocation != invocation:
             return None
+        report = replace(report, endpoint=self._endpoint(unit, report))
         if report.ready:
             self._reports[unit] = report
         return report
+
+    def _endpoint(self, unit: UnitName, report: Report) -> str:
+        """By the configuration. Only a port that was chosen at run time is the report's to tell: an engine can write that."""
+        directory, model = self._scope.unit_dir(unit), self._model_of(unit)
+        port = report.port
+        if model is not None and model.engine is not EngineKind.COMMAND:
+            port = None if engine(model.engine).uses_socket else port
+        elif model is not None:
+            port = (model.listen_port or port) if model.listen is Listen.TCP else None
+        return socket_endpoint(directory) if port is None else port_endpoint(port, directory)
 
     def _failed(self, unit: UnitName, state: UnitState, report: Report | None) -> Observed:
         self._known.pop(unit, None)

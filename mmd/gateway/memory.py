@@ -11,6 +11,7 @@ from mmd.errors import MmdError
 from mmd.gpu import GpuMemory, GpuProvider
 from mmd.names import Placement
 from mmd.policy.events import GpuSample, Sampled
+from mmd.shortage import is_shortage
 from mmd.sizes import vram_bytes
 
 __all__ = ["Memory"]
@@ -69,7 +70,12 @@ class Memory:
                 if self._provider is None:
                     self._provider = await self._open_provider()
                 self.gpus = await self._provider.sample()
-            except MmdError as error:
+            except Exception as error:
+                if is_shortage(error):  # of our own: the GPUs are as they were, and the next sample comes soon
+                    _log.warning("no sample of the GPUs: %s", error)
+                    return False
+                if not isinstance(error, MmdError):
+                    _log.exception("a sample of the GPUs failed")
                 self._fail(str(error))
                 return False
             if self.problem:

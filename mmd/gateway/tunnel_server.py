@@ -10,11 +10,11 @@ import logging
 import os
 import socket
 from typing import Final
-from urllib.parse import urlsplit
 
 from mmd.config import EngineKind, Model
 from mmd.gateway.api_error import ApiError
 from mmd.gateway.dispatcher import Dispatcher
+from mmd.gateway.engine_socket import EngineAddress, EngineGoneError, EngineUnavailableError
 from mmd.gateway.places import places
 from mmd.gateway.relay.clients import Clients, Whose, client_of, is_trusted
 from mmd.gateway.serving import Heir
@@ -27,7 +27,6 @@ __all__ = ["TunnelServer"]
 
 _log = logging.getLogger(__name__)
 
-_CONNECT_TIMEOUT_S: Final = 5.0
 _POLL_S: Final = 0.02
 _CHECK_S: Final = 1.0
 
@@ -221,7 +220,10 @@ class _Visit:
         if model is None:
             raise ApiError(404, f"{self._server.model} is no longer in the configuration", code="model_not_found")
         if model.engine is EngineKind.EXTERNAL:
-            await self._connect(model.endpoint or "")
+            try:
+                await self._connect(model.endpoint or "")
+            except EngineGoneError as error:
+                raise ApiError(502, f"{model.endpoint}: {error}", code="engine_unreachable") from error
         elif not await self._reach(model):
             return
         assert self._connection is not None
@@ -255,7 +257,7 @@ class _Visit:
                 continue
             try:
                 await self._connect(endpoint)
-            except ApiError as error:
+            except EngineGoneError as error:
                 gone = error.message
                 _log.warning("%s: nobody answers: %s", unit, gone)
             else:
@@ -264,20 +266,11 @@ class _Visit:
         raise ApiError(502, f"nobody answers at its engine: {gone}", code="engine_unreachable")
 
     async def _connect(self, endpoint: str) -> None:
-        """ApiError when nobody listens."""
-        tunnel = self._tunnel
+        """EngineGoneError; ApiError when it cannot be reached at present."""
         try:
-            async with asyncio.timeout(_CONNECT_TIMEOUT_S):
-                if endpoint.startswith("unix:"):
-                    await self._loop.create_unix_connection(lambda: tunnel.engine, endpoint.removeprefix("unix:"))
-                else:
-                    url = urlsplit(endpoint)
-                    await self._loop.create_connection(lambda: tunnel.engine, url.hostname or "localhost", url.port or 80)
-        except TimeoutError:
-            message = f"no connection to {endpoint} within {_CONNECT_TIMEOUT_S:g} s"
-            raise ApiError(502, message, code="engine_unreachable") from None
-        except OSError as error:
-            raise ApiError(502, f"{endpoint}: {error}", code="engine_unreachable") from error
+            await EngineAddress(endpoint).connect(lambda: self._tunnel.engine)
+        except EngineUnavailableError as error:
+            raise ApiError(503, f"its engine cannot be reached at present: {error}", code=error.code) from error
 
     # While the model loads.
 

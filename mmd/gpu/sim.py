@@ -5,6 +5,7 @@ from collections import Counter
 from pathlib import Path
 
 from mmd.config import Gpus
+from mmd.errors import MmdError
 from mmd.gpu import GpuMemory
 from mmd.gpu.static import declared_memory
 from mmd.sim.ledger import Ledger
@@ -22,7 +23,10 @@ class SimProvider:
         self._ledger = Ledger(sim_dir)
 
     async def sample(self) -> tuple[GpuMemory, ...]:
-        allocations = await asyncio.to_thread(self._ledger.read)  # may wait for the ledger's lock
+        try:
+            allocations = await asyncio.to_thread(self._ledger.read)  # may wait for the ledger's lock
+        except OSError as error:
+            raise MmdError(f"the simulated GPUs cannot be read: {error}") from error
         by_pid: list[Counter[int]] = [Counter() for _ in self._totals]
         for allocation in allocations:
             if 0 <= allocation.gpu < len(by_pid):

@@ -7,6 +7,9 @@ memory is free at once, as a real GPU's is, whatever killed it, and no process i
 - To ask whether the owner lives, take a *shared* lock without waiting: two who ask at the same time do not disturb each other.
 - `.lock` makes changes exclusive and readings consistent. It is held for a few file operations, never while waiting.
 - Whoever changes something also removes what dead owners left. A reader changes nothing and needs read access only.
+
+The directory belongs to all simulated engines, any of which may be hostile. A reader (the gateway) waits for none of them,
+reads a bounded amount (mmd.foreign_file), and passes over what is no allocation.
 """
 
 import fcntl
@@ -17,9 +20,12 @@ import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from itertools import islice
 from pathlib import Path
 
 from mmd.errors import MmdError
+from mmd.foreign_file import open_file
+from mmd.shortage import is_shortage
 
 __all__ = ["HOST", "Allocation", "Claim", "Ledger", "OutOfMemoryError"]
 
@@ -30,6 +36,12 @@ _LOCK_FILE = ".lock"
 _NEW_PREFIX = ".new-"
 _FILE_MODE = 0o660  # engines write under the unit's umask; the directory's group (setgid) is theirs and the gateway's
 _DIRECTORY_MODE = 0o2770
+
+_FILE_MAX_BYTES = 4096
+_FILES_MAX = 4096
+"""No machine has more engines times GPUs; a reader that went through whatever number of files would stand still."""
+_OWNER_MAX = 200
+_NUMBER_MAX = 1 << 62
 
 _LOCK_WAIT_S = 2.0
 """The lock is held for well under a millisecond; longer means that its holder was stopped (SIGSTOP)."""
@@ -147,11 +159,11 @@ class Ledger:
     def _open_lock(self, operation: int) -> int:
         path = self.directory / _LOCK_FILE
         if operation == fcntl.LOCK_SH:
-            return os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-        return os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, _FILE_MODE)
+            return open_file(path)
+        return os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, _FILE_MODE)
 
     def _living(self) -> dict[Path, Allocation]:
-        paths = self.directory.glob("gpu*") if self.directory.is_dir() else ()
+        paths = islice(self.directory.glob("gpu*"), _FILES_MAX) if self.directory.is_dir() else ()
         found = ((path, _read_if_alive(path)) for path in paths)
         return {path: allocation for path, allocation in found if allocation is not None}
 
@@ -170,18 +182,34 @@ def _lock_within(lock: int, operation: int, path: Path) -> None:
 
 
 def _read_if_alive(path: Path) -> Allocation | None:
-    """The allocation in `path`, or None when its owner is gone."""
+    """The allocation in `path`, or None when its owner is gone, or it is none. OSError when we are short of something."""
     try:
-        file = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-    except FileNotFoundError:
+        file = open_file(path)
+    except MmdError:
+        return None
+    except OSError as error:
+        if is_shortage(error):
+            raise
         return None
     try:
         fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
     except BlockingIOError:
-        return Allocation(**json.loads(os.read(file, 65536)))
+        return _parse(os.read(file, _FILE_MAX_BYTES))
     finally:
         os.close(file)
     return None
+
+
+def _parse(text: bytes) -> Allocation | None:
+    try:
+        raw = json.loads(text)
+        gpu, size, pid, owner = raw["gpu"], raw["bytes"], raw["pid"], raw["owner"]
+    except (ValueError, TypeError, KeyError, RecursionError):
+        return None
+    numbers = all(type(number) is int for number in (gpu, size, pid))
+    if not (numbers and isinstance(owner, str) and gpu >= HOST and 0 <= size <= _NUMBER_MAX and 0 <= pid <= _NUMBER_MAX):
+        return None
+    return Allocation(gpu, size, owner[:_OWNER_MAX], pid)
 
 
 def _write_locked(path: Path, text: str) -> int:

@@ -1,23 +1,16 @@
 """Connections to engines: kept warm per endpoint, the one used last first, each for one exchange at a time."""
 
 import asyncio
-import ssl
 from collections.abc import Callable
 from typing import Final, cast
-from urllib.parse import urlsplit
 
-from mmd.errors import MmdError
+from mmd.gateway.engine_socket import EngineAddress
 from mmd.gateway.relay.exchange import Exchange
 
-__all__ = ["EngineConnection", "EngineConnections", "EngineGoneError"]
+__all__ = ["EngineConnection", "EngineConnections"]
 
 # uvicorn closes an idle connection after 5 s (engines.md); ours must be the first to let go, or a request meets a dead one.
 _KEEPALIVE_S: Final = 4.0
-_CONNECT_TIMEOUT_S: Final = 5.0
-
-
-class EngineGoneError(MmdError):
-    """Nobody listened at the engine's endpoint: nothing was sent, so the request may be tried elsewhere."""
 
 
 class EngineConnection(asyncio.Protocol):
@@ -104,24 +97,13 @@ class EngineConnection(asyncio.Protocol):
 
 
 class EngineConnections:
-    """All connections to one endpoint: `unix:/path` or `http://host:port`."""
+    """All connections to one endpoint, see mmd.gateway.engine_socket."""
 
     def __init__(self, endpoint: str) -> None:
-        self._path = ""
-        self._tls: ssl.SSLContext | None = None
-        self.prefix = b""
+        self._address = EngineAddress(endpoint)
+        self.host = self._address.host
+        self.prefix = self._address.prefix
         """What comes before the path of every request."""
-        if endpoint.startswith("unix:"):
-            self._path, self.host = endpoint.removeprefix("unix:"), b"localhost"
-        else:
-            url = urlsplit(endpoint)
-            self._tls = ssl.create_default_context() if url.scheme == "https" else None
-            try:
-                port = url.port or (443 if self._tls else 80)
-            except ValueError:  # none that there is: nobody will answer there
-                port = 0
-            self._address = (url.hostname or "localhost", port)
-            self.host, self.prefix = url.netloc.rpartition("@")[2].encode(), url.path.rstrip("/").encode()
         self._loop = asyncio.get_running_loop()
         self._idle: list[EngineConnection] = []
         self._sweeper: asyncio.TimerHandle | None = None
@@ -132,19 +114,8 @@ class EngineConnections:
         return self._idle.pop() if self._idle else None
 
     async def open(self) -> EngineConnection:
-        """A fresh connection; EngineGoneError when nobody listens."""
-        try:
-            async with asyncio.timeout(_CONNECT_TIMEOUT_S):
-                if self._path:
-                    _, connection = await self._loop.create_unix_connection(self._make, self._path)
-                else:
-                    host, port = self._address
-                    _, connection = await self._loop.create_connection(self._make, host, port, ssl=self._tls)
-        except TimeoutError as error:
-            raise EngineGoneError(f"no connection within {_CONNECT_TIMEOUT_S:g} s") from error
-        except OSError as error:
-            raise EngineGoneError(str(error)) from error
-        return connection
+        """A fresh connection; EngineGoneError, EngineUnavailableError."""
+        return await self._address.connect(self._make)
 
     def _make(self) -> EngineConnection:
         return EngineConnection(self)

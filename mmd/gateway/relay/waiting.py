@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Final
 
 from mmd.config import Model
 from mmd.gateway.api_error import ApiError
-from mmd.gateway.relay.engine import EngineConnection, EngineConnections, EngineGoneError
+from mmd.gateway.engine_socket import EngineGoneError, EngineUnavailableError
+from mmd.gateway.relay.engine import EngineConnection, EngineConnections
 from mmd.gateway.relay.exchange import Exchange, date_line
 from mmd.gateway.relay.framing import chunk
 from mmd.gateway.relay.gate import Place
@@ -85,9 +86,18 @@ class WaitingExchange(Exchange):
             await (self._reconnect() if again else self._pursue())
         except ApiError as error:
             self.fail(error)
+        except EngineUnavailableError as unavailable:  # by another name than above: to mypyc one name has one type
+            self.fail(self._unavailable(unavailable))
         except Exception:
             _log.exception("a request for %s failed", quoted(self._model.name) if self._model else "no model")
             self.fail(ApiError(500, "internal error; see journalctl -u mmd-gateway", code="internal_error"))
+
+    def _unavailable(self, error: EngineUnavailableError) -> ApiError:
+        """No engine is touched: whether one is dead is for systemd to say."""
+        name = self._model.name if self._model else "no model"
+        _log.warning("%s: its engine cannot be reached at present: %s", name, error)
+        message = f"{name}: its engine cannot be reached at present: {error}"
+        return ApiError(503, message, code=error.code, retry_after_s=1)
 
     async def _pursue(self) -> None:
         """Reach the engine; once more, restarted, if nobody listens at the first."""
