@@ -113,6 +113,13 @@ def test_the_broker_asks_the_kernel_who_connects(prey: Installation) -> None:
     assert "is not the gateway" in prey.journal("-t", "mmd-unit-broker")
 
 
+def test_the_gateway_does_not_reach_the_bus(prey: Installation) -> None:
+    prey.ctl("status")  # starts it
+    pid = prey.show("mmd-gateway.service", "MainPID")
+    for path, there in (("/run/mmd/unit-broker.sock", 0), ("/run/dbus/system_bus_socket", 1)):
+        assert prey.run("nsenter", "--mount", "--target", pid, "test", "-S", path, check=False).returncode == there
+
+
 HOSTILE: list[dict[str, object]] = [
     {"call": "stop", "unit": "mmd-gateway.service"},
     {"call": "start", "unit": "mmd-model-prey@0.service\n"},
