@@ -20,13 +20,18 @@ models: {prey: {engine: sim, vram: 1GiB, sim: {load_time: 10ms}}}
 """
 
 
+@pytest.fixture(scope="module")
+def configured(installation: Installation) -> Iterator[Installation]:
+    installation.configure(MODELS)
+    yield installation
+    installation.stop_all()
+
+
 @pytest.fixture
-def prey(installed: Installation) -> Iterator[Installation]:
+def prey(configured: Installation) -> Installation:
     """A model that root has started."""
-    installed.configure(MODELS)
-    installed.systemctl("start", UNIT)
-    yield installed
-    installed.stop_all()
+    configured.systemctl("start", UNIT)
+    return configured
 
 
 class Broker:
@@ -188,6 +193,7 @@ def test_models_run_without_polkit(prey: Installation) -> None:
 
 
 def test_a_model_that_lost_its_template_is_stopped(prey: Installation, broker: Broker) -> None:
+    prey.systemctl("stop", "mmd-gateway.service")  # it would stop it by itself
     prey.configure("gpus: {provider: sim, devices: [{memory: 24GiB}]}\n")
     assert prey.show(UNIT, "LoadState") == "not-found"
     assert "job" in broker.ask(call="stop", unit=UNIT)
