@@ -20,13 +20,18 @@ models: {prey: {engine: sim, vram: 1GiB, sim: {load_time: 10ms}}}
 """
 
 
+@pytest.fixture(scope="module")
+def configured(installation: Installation) -> Iterator[Installation]:
+    installation.configure(MODELS)
+    yield installation
+    installation.stop_all()
+
+
 @pytest.fixture
-def prey(installed: Installation) -> Iterator[Installation]:
+def prey(configured: Installation) -> Installation:
     """A model that root has started."""
-    installed.configure(MODELS)
-    installed.systemctl("start", UNIT)
-    yield installed
-    installed.stop_all()
+    configured.systemctl("start", UNIT)
+    return configured
 
 
 class Broker:
@@ -113,6 +118,13 @@ def test_the_broker_asks_the_kernel_who_connects(prey: Installation) -> None:
     assert "is not the gateway" in prey.journal("-t", "mmd-unit-broker")
 
 
+def test_the_gateway_does_not_reach_the_bus(prey: Installation) -> None:
+    prey.ctl("status")  # starts it
+    pid = prey.show("mmd-gateway.service", "MainPID")
+    for path, there in (("/run/mmd/unit-broker.sock", 0), ("/run/dbus/system_bus_socket", 1)):
+        assert prey.run("nsenter", "--mount", "--target", pid, "test", "-S", path, check=False).returncode == there
+
+
 HOSTILE: list[dict[str, object]] = [
     {"call": "stop", "unit": "mmd-gateway.service"},
     {"call": "start", "unit": "mmd-model-prey@0.service\n"},
@@ -181,6 +193,7 @@ def test_models_run_without_polkit(prey: Installation) -> None:
 
 
 def test_a_model_that_lost_its_template_is_stopped(prey: Installation, broker: Broker) -> None:
+    prey.systemctl("stop", "mmd-gateway.service")  # it would stop it by itself
     prey.configure("gpus: {provider: sim, devices: [{memory: 24GiB}]}\n")
     assert prey.show(UNIT, "LoadState") == "not-found"
     assert "job" in broker.ask(call="stop", unit=UNIT)

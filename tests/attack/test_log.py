@@ -79,11 +79,12 @@ def test_nobody_logs_in_anothers_name(noisy: Installation) -> None:
 def test_an_engine_raises_no_emergency_and_drives_no_terminal(noisy: Installation) -> None:
     priorities = {each["priority"] for each in admin_log(noisy, "model=hostile") if "emergency" in str(each["message"])}
     assert priorities == {6}
-    for text in (noisy.ctl("logs", "hostile").stdout, followed(noisy, "hostile"), noisy.ctl("status").stdout):
+    live = followed(noisy, "hostile")
+    for text in (noisy.ctl("logs", "hostile").stdout, live, noisy.ctl("status").stdout):
         assert "own words" in text or "hostile" in text
         assert "\x1b" not in text
         assert "\x07" not in text
-    assert "\\x1b]0;PWNED\\x07\\x1b[2Jcleared" in followed(noisy, "hostile")
+    assert "\\x1b]0;PWNED\\x07\\x1b[2Jcleared" in live
 
 
 def test_the_gateway_may_not_read_the_journal(noisy: Installation) -> None:

@@ -1,4 +1,4 @@
-"""A user's own mmd: `systemctl --user`, ~/.config/mmd, no polkit, no root."""
+"""A user's own mmd: `systemctl --user`, ~/.config/mmd, no broker, no root."""
 
 import json
 import subprocess

@@ -1,6 +1,6 @@
 """The relay benchmark: what the gateway costs between a client and an engine that is ready. `tests/run --bench relay`
 
-The gateway is the real one, installed in a private systemd (root), with its scheduler, polkit and all; its engine is an nginx
+The gateway is the real one, installed in a private systemd (root), with its scheduler, broker and all; its engine is an nginx
 that gives a small fixed answer on the model's Unix socket, run as a `command` model. Yardsticks in front of the same upstream:
 nothing (wrk straight to it, over TCP), nginx with proxy_pass over kept connections and one worker, and, given their binaries,
 llama-swap and large-model-proxy. All are up all the time and measured in turns, so that noise hits all alike; figures are
