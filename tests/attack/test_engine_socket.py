@@ -106,6 +106,7 @@ def machine(installed: Installation) -> Iterator[Installation]:
     installed.stop_all()
 
 
+@pytest.mark.attack
 @pytest.mark.timeout(150)
 def test_whatever_an_engine_puts_in_its_place_the_gateway_speaks_to_nobody_else(machine: Installation) -> None:
     assert get(f"{machine.api}/upstream/evil/hello") == (200, b"ok")

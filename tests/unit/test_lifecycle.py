@@ -87,7 +87,7 @@ class FakeGpus:
     async def close(self) -> None: ...
 
 
-ACTIONS = {
+ACTIONS: dict[str, tuple[UnitAction, ActiveState]] = {
     "start": (Start(UNIT), ActiveState.INACTIVE),
     "stop": (Stop(UNIT), ActiveState.ACTIVE),
     "sleep": (Sleep(UNIT, 1, 0), ActiveState.ACTIVE),
