@@ -48,6 +48,8 @@ UNKNOWN_ENDPOINT: Final = "unknown:"
 _RETRY_FIRST_S: Final = 0.002
 _RETRY_MAX_S: Final = 0.1
 
+_CREDENTIALS: Final = struct.Struct("iII")  # struct ucred
+
 _OVERLOADED: Final = "gateway_overloaded"
 
 _GONE: Final = frozenset((errno.ECONNREFUSED, errno.ENOENT, errno.ECONNRESET))
@@ -138,44 +140,49 @@ class EngineAddress:
             raise EngineUnavailableError(str(error), code="engine_unreachable") from error
 
     async def _connect(self, make: Callable[[], P]) -> P:
+        """The event loop makes the socket: one that is handed to uvloop has two owners until its next turn, and if the engine
+        closes before that, both close the same number."""
         loop = asyncio.get_running_loop()
         if self._external is not None:
             host, port = self._external
             _, protocol = await loop.create_connection(make, host, port, ssl=self._tls)
             return protocol
-        connection = socket.socket(socket.AF_INET if self._port else socket.AF_UNIX)
+        if self._port:
+            owner = self._owner()
+            opened, protocol = await loop.create_connection(make, "127.0.0.1", self._port)
+            check = _check_port
+        else:
+            opened, protocol, owner = await self._connect_unix(loop, make)
+            check = _check_peer
         try:
-            connection.setblocking(False)
-            if self._port:
-                await self._connect_port(loop, connection)
-                _, protocol = await loop.create_connection(make, sock=connection)
-            else:
-                await self._connect_unix(connection)
-                _, protocol = await loop.create_unix_connection(make, sock=connection)
+            check(opened, owner)
         except BaseException:
-            connection.close()
+            opened.abort()
             raise
         return protocol
-
-    async def _connect_port(self, loop: asyncio.AbstractEventLoop, connection: socket.socket) -> None:
-        owner = self._owner()
-        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        await loop.sock_connect(connection, ("127.0.0.1", self._port))
-        check_owner(connection, owner)
 
     def _owner(self) -> int:
         directory, owner = open_directory(self._directory)
         os.close(directory)
         return owner
 
-    async def _connect_unix(self, connection: socket.socket) -> None:
+    async def _connect_unix(self, loop: asyncio.AbstractEventLoop, make: Callable[[], P]) -> tuple[asyncio.Transport, P, int]:
         wait_s = _RETRY_FIRST_S
-        while not self._connected(connection):
+        while True:
+            found, owner = self._open_socket()
+            try:
+                opened, protocol = await loop.create_unix_connection(make, f"/proc/self/fd/{found}")
+            except BlockingIOError:  # the backlog is full: a Unix socket does not wait, EAGAIN in connect(2)
+                pass
+            else:
+                return opened, protocol, owner
+            finally:
+                os.close(found)
             await asyncio.sleep(wait_s)
             wait_s = min(2 * wait_s, _RETRY_MAX_S)
 
-    def _connected(self, connection: socket.socket) -> bool:
-        """One try; False when the backlog is full (a Unix socket does not wait, EAGAIN in connect(2))."""
+    def _open_socket(self) -> tuple[int, int]:
+        """A descriptor (O_PATH) of the engine's socket, and the engine's uid."""
         directory, owner = open_directory(self._directory)
         try:
             found = os.open(self._path, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=directory)
@@ -187,12 +194,23 @@ class EngineAddress:
                 raise EngineGoneError(f"{self._path} is no socket")
             if state.st_uid != owner:
                 raise EngineGoneError(f"{self._path} belongs to user {state.st_uid}, not to the engine's ({owner})")
-            connection.connect(f"/proc/self/fd/{found}")
-        except BlockingIOError:
-            return False
-        finally:
+        except BaseException:
             os.close(found)
-        _, uid, _ = struct.unpack("iII", connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))
-        if uid != owner:
-            raise EngineGoneError(f"{self._path} is listened at by user {uid}, not by the engine's ({owner})")
-        return True
+            raise
+        return found, owner
+
+
+def _check_peer(transport: asyncio.Transport, owner: int) -> None:
+    """EngineGoneError unless who listens is of user `owner` (SO_PEERCRED: as of listen(2))."""
+    if transport.is_closing():
+        raise EngineGoneError("it closed the connection at once")
+    peer = transport.get_extra_info("socket").getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size)
+    _, uid, _ = _CREDENTIALS.unpack(peer)
+    if uid != owner:
+        raise EngineGoneError(f"who listens is user {uid}, not the engine's ({owner})")
+
+
+def _check_port(transport: asyncio.Transport, owner: int) -> None:
+    if transport.is_closing():
+        raise EngineGoneError("it closed the connection at once")
+    check_owner(transport.get_extra_info("sockname"), transport.get_extra_info("peername"), owner)

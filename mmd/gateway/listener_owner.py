@@ -34,15 +34,14 @@ class ForeignListenerError(OSError):
     """What listens there belongs to somebody else, or nothing does any more."""
 
 
-def check_owner(connection: socket.socket, uid: int) -> None:
-    """Whether the other end of a TCP connection over loopback is a socket of user `uid`; ForeignListenerError when it is not.
+def check_owner(local: tuple[str, int], peer: tuple[str, int], uid: int) -> None:
+    """Whether `peer` of a TCP connection over loopback is a socket of user `uid`; ForeignListenerError when it is not.
 
     OSError when the kernel cannot be asked (no AF_NETLINK, no tcp_diag): then the connection must not be used either.
 
     First the listener, then the accepted socket: one that has not been accepted yet belongs to its listener, and dies with it.
     In the other order a listener could be replaced between the two questions.
     """
-    local, peer = connection.getsockname(), connection.getpeername()
     with socket.socket(socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_CLOEXEC, _NETLINK_SOCK_DIAG) as kernel:
         kernel.setblocking(False)  # the kernel answers while it is asked
         kernel.bind((0, 0))

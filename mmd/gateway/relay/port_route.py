@@ -11,7 +11,7 @@ from mmd.config import Config, EngineKind, Model
 from mmd.gateway.api_error import ApiError
 from mmd.gateway.relay.head import RequestHead
 from mmd.gateway.relay.kept import KeptAnswers
-from mmd.gateway.relay.routing import ROUTES, Aim, Route, permitted
+from mmd.gateway.relay.routing import ROUTES, Aim, Route, permitted, refuse_dot_segments
 
 __all__ = ["PortRoute"]
 
@@ -32,6 +32,7 @@ class PortRoute(Route):
             message = f"the model {self._name!r} has been removed from the configuration"
             raise ApiError(404, message, code="model_not_found")
         if model.engine in (EngineKind.COMMAND, EngineKind.EXTERNAL):
+            refuse_dot_segments(request.target)
             return self._aim_at_program(model, request, body, config)
         route = permitted(model, request, request.target)
         self._check(model, route.named(request, body), config)

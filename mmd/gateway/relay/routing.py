@@ -3,7 +3,7 @@
 What is not in the table is not passed on, whatever an engine would answer: engines trust whoever reaches them with their
 control (/sleep, /collective_rpc, /v1/load_lora_adapter). Paths are compared as they are, so nothing that an engine might take
 for another path (//sleep, /x/../sleep, /%73leep) gets through. Programs that are no engine of ours (`command`, `external`) get
-any path, under /upstream.
+any path, under /upstream, but one that climbs.
 """
 
 import re
@@ -14,13 +14,24 @@ from mmd.config import Config, EngineKind, Model
 from mmd.gateway.api_error import NAME_MAX, ApiError, no_such_model
 from mmd.gateway.relay import query
 from mmd.gateway.relay.document import find_names, rewrite
+from mmd.gateway.relay.dot_segments import has_dot_segment
 from mmd.gateway.relay.fields import Routing
 from mmd.gateway.relay.form import FormError, Span, find_fields
 from mmd.gateway.relay.head import RequestHead, ResponseHead
 from mmd.gateway.relay.kept import KeptAnswers
 from mmd.gateway.relay.location import relocate
 
-__all__ = ["ROUTES", "Aim", "Route", "UnknownAnswerError", "find_route", "is_upstream", "not_taken", "permitted"]
+__all__ = [
+    "ROUTES",
+    "Aim",
+    "Route",
+    "UnknownAnswerError",
+    "find_route",
+    "is_upstream",
+    "not_taken",
+    "permitted",
+    "refuse_dot_segments",
+]
 
 _POST: Final = frozenset((b"POST",))
 _GET: Final = frozenset((b"GET", b"HEAD"))
@@ -260,6 +271,7 @@ class ByPath(Route):
         """`bare`: nothing follows the name."""
         if model.engine not in (EngineKind.COMMAND, EngineKind.EXTERNAL):
             return permitted(model, request, target).aim_at(model, request, body, target)
+        refuse_dot_segments(target)
         if bare and request.method in _GET and not request.websocket:  # what a page there refers to is below it, not beside it
             path, question, parameters = request.target.partition(b"?")
             place = (path + b"/" + question + parameters).decode("latin-1")
@@ -294,6 +306,14 @@ class ById(Route):
     def aim_at(self, model: Model, request: RequestHead, body: bytes, target: bytes) -> Aim:
         stream = query.find(target.partition(b"?")[2], "stream").lower().encode() in _TRUE
         return model, stream, body, target, model.name
+
+
+def refuse_dot_segments(target: bytes) -> None:
+    """ApiError 400 for a path that may lead out of where a program was put, see mmd.gateway.relay.dot_segments."""
+    if b"." in target or b"%" in target:  # all of them need one
+        path = target.partition(b"?")[0]
+        if has_dot_segment(path):
+            raise ApiError(400, "the path has a segment that is, or may be read as, `.` or `..`", code="invalid_path")
 
 
 def permitted(model: Model, request: RequestHead, target: bytes) -> Route:
