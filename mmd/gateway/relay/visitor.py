@@ -58,6 +58,11 @@ class Visitor:
         return self.key is not None and self.key.scope is KeyScope.ADMIN
 
     @property
+    def reader(self) -> bool:
+        """Whether its key is good for a look at the admin API."""
+        return self.key is not None and self.key.scope is not KeyScope.USE
+
+    @property
     def tried(self) -> bool:
         """Whether something came with the request that is no key."""
         return self.key is None and self._why != NO_KEY
@@ -92,6 +97,9 @@ class Visitor:
         key = self.key
         if key is None:
             return self.stranger()
+        if key.scope is KeyScope.READ:
+            message = f"the API key {key.name} is for looking only; make one for inference: mmdctl keys add NAME"
+            return ApiError(403, message, code="use_key_needed")
         if not self.may_use(model, name):
             return self.forbidden(name)
         if not counted:
