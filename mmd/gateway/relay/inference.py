@@ -178,11 +178,12 @@ class InferenceExchange(WaitingExchange):
         try:
             if self.request.wait:
                 self._wait_s = wait_of(self.request.wait)
-            aim = self._route.aim(self.request, body, config, gate.kept())
+            seen = config if self._visitor is None else self._visitor.view(config)
+            aim = self._route.aim(self.request, body, seen, gate.kept())
         except UnknownAnswerError as unknown:  # by another name than below: to mypyc one name has one type
             self._task = self._shared.loop.create_task(self._seek(unknown.answer, body))
         except ApiError as error:
-            self._refuse(error)
+            self.fail(error)
         else:
             self._forward(aim, body)
 
@@ -191,14 +192,12 @@ class InferenceExchange(WaitingExchange):
         kept = self._shared.gate.kept()
         await kept.turn_up(answer)
         try:
-            aim = self._route.aim(self.request, body, self._shared.gate.config, kept)
+            config = self._shared.gate.config
+            aim = self._route.aim(self.request, body, config if self._visitor is None else self._visitor.view(config), kept)
         except ApiError as error:
-            self._refuse(error)
+            self.fail(error)
         else:
             self._forward(aim, body)
-
-    def _refuse(self, error: ApiError) -> None:
-        self.fail(error if self._visitor is None else self._visitor.veil(error))
 
     def _forward(self, aim: Aim, body: bytes) -> None:
         gate = self._shared.gate
@@ -228,6 +227,10 @@ class InferenceExchange(WaitingExchange):
                 self._send(connections, connection)
                 return
         self._spawn(again=False)
+
+    def _comment(self, text: str) -> None:
+        """What the request waits for names other models."""
+        super()._comment("the model is not ready yet" if self._visitor is not None and self._visitor.confined else text)
 
     def resume(self, *, chunked: bool) -> None:
         self.started = self._events = True
@@ -342,6 +345,8 @@ class InferenceExchange(WaitingExchange):
 
     def fail(self, error: ApiError) -> None:
         """As an event where the stream allows it, so that it ends as a stream should."""
+        if self._visitor is not None:
+            error = self._visitor.veil(error)
         if not (self.started and self._events) or self.over:
             super().fail(error)
             return
