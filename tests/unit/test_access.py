@@ -28,9 +28,10 @@ from mmd.config import EngineKind, Model
 from mmd.gateway.relay import access
 from mmd.gateway.relay.access import Access
 from mmd.gateway.relay.head import RequestHead, RequestParser
+from mmd.gateway.relay.kept import with_owner
 from mmd.gateway.relay.visitor import Visitor
 from mmd.gateway.server import Door
-from mmd.keys import Key, KeyRing, Limit, digest, key_text
+from mmd.keys import Key, KeyRing, KeyScope, Limit, digest, key_text
 
 SECRETS = {name: key_text(name.encode().ljust(32, b".")) for name in ("all", "narrow", "adapter", "slow", "single", "wrong")}
 
@@ -144,8 +145,11 @@ def test_every_kind_of_route_by_every_kind_of_credential(tmp_path: Path, caplog:
             assert (await client.ask(asking("/v1/responses", bearer("all"), body_of("m"))))[0] == 200
             await until(lambda: running.dispatcher.kept().find("resp_of_m"))
             for kind, (method, target, fields, body) in _KINDS.items():
-                for name, (credentials, expected) in _CREDENTIALS.items():
+                for name, (credentials, expected_of_most) in _CREDENTIALS.items():
                     recorder.heads.clear()
+                    made_by_all = with_owner("m", running.inference.access.named("all").owner)  # type: ignore[union-attr]
+                    running.dispatcher.kept().add("resp_of_m", made_by_all)
+                    expected = 404 if (kind, name) == ("id", "limited") else expected_of_most
                     status, answer, content = await client.ask(asking(target, credentials + fields, body, method))
                     assert status == expected, (kind, name, content)
                     assert bool(recorder.heads) is (status == 200 and kind != "show"), (kind, name)
@@ -606,3 +610,80 @@ def test_concurrency_is_never_exceeded_nor_lost(steps: list[str], most: int) -> 
         elif step == "renew":
             access.use(pickle.loads(pickle.dumps(KeyRing((key,), serial + 2))))
         assert visitor.in_flight == len(held)
+
+
+def test_an_answer_that_an_engine_keeps_is_for_the_key_that_made_it(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        async with guarded(tmp_path) as (running, recorder):
+            client = await running.connect()
+            for made_at in ("/v1/responses", "/upstream/m/v1/responses"):
+                assert (await client.ask(asking(made_at, bearer("all"), body_of("m"))))[0] == 200
+                await until(lambda: running.dispatcher.kept().owner("resp_of_m"))
+                recorder.heads.clear()
+                going_on = b'{"model": "m", "previous_response_id": "resp_of_m"}'
+                asked = (
+                    ("GET", "/v1/responses/resp_of_m", b""),
+                    ("DELETE", "/v1/responses/resp_of_m", b""),
+                    ("GET", "/upstream/m/v1/responses/resp_of_m", b""),
+                    ("POST", "/v1/responses", going_on),
+                    ("POST", "/upstream/m/v1/responses", going_on),
+                )
+                for method, target, body in asked:
+                    other = await client.ask(asking(target, bearer("slow"), body, method))
+                    missing = await client.ask(
+                        asking(target.replace("_of_m", "_of_x"), bearer("slow"), body.replace(b"_of_m", b"_of_x"), method)
+                    )
+                    assert (other[0], other[2]) == (missing[0], missing[2].replace(b"_of_x", b"_of_m")), target
+                    assert other[0] == 404
+                    assert not recorder.heads, "the engine was not asked"
+                    assert (await client.ask(asking(target, bearer("all"), body, method)))[0] == 200, target
+                    recorder.heads.clear()
+            again = KeyRing((Key("all", digest(SECRETS["wrong"].encode())),), 9)
+            await running.use_keys(again)
+            assert (await client.ask(asking("/v1/responses/resp_of_m", bearer("wrong"), method="GET")))[0] == 404, (
+                "of that name"
+            )
+            running.dispatcher.kept().add("resp_of_nobody", "m")
+            boss = Key("boss", digest(SECRETS["narrow"].encode()), scope=KeyScope.ADMIN)
+            await running.use_keys(KeyRing((*again.keys, boss), 10))
+            for name, expected in (("wrong", 404), ("narrow", 200)):
+                status, *_ = await client.ask(asking("/v1/responses/resp_of_nobody", bearer(name), method="GET"))
+                assert status == expected, "what was made without a key is for administrators"
+
+    run(scenario())
+
+
+def test_a_revoked_key_s_streams_and_websockets_end(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        async def endless(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            head = await reader.readuntil(b"\r\n\r\n")
+            if b"websocket" in head:
+                writer.write(b"HTTP/1.1 101 Switching Protocols\r\nConnection: Upgrade\r\nUpgrade: websocket\r\n\r\n")
+            else:
+                writer.write(b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nTransfer-Encoding: chunked\r\n\r\n")
+                writer.write(b"9\r\ndata: 1\n\n\r\n")
+            await writer.drain()
+            await reader.read()
+
+        upgrade = b"Connection: Upgrade\r\nUpgrade: websocket\r\n"
+        for change in ("revoked", "confined"):
+            async with engine(tmp_path / "m.sock", endless) as one, gateway({"m": one}, keys=RING) as running:
+                stream, socket_, other = [await running.connect() for _ in range(3)]
+                await stream.send(asking("/v1/chat/completions", bearer("all"), body_of("m", stream=True)))
+                await stream.reader.readuntil(b"data: 1\n\n")
+                await other.send(asking("/v1/chat/completions", bearer("slow"), body_of("m", stream=True)))
+                await other.reader.readuntil(b"data: 1\n\n")
+                request = asking("/v1/realtime?model=m", upgrade + bearer("all"), method="GET")
+                assert (await socket_.ask(request))[0] == 101
+                keys = (SLOW,) if change == "revoked" else (SLOW, Key("all", ALL.sha256, models=("none*",)))
+                begun = time.monotonic()
+                await running.use_keys(KeyRing(keys, 8))
+                async with asyncio.timeout(5):
+                    said = await stream.reader.readuntil(b"[DONE]")
+                    assert (b"invalid_api_key" if change == "revoked" else b"model_not_found") in said
+                    assert await socket_.rest() == b""
+                assert time.monotonic() - begun < 5
+                assert running.inference.access.named("slow") is not None
+                assert not other.reader.at_eof(), "that of another key goes on"
+
+    run(scenario())

@@ -10,7 +10,7 @@ from mmd.keys import Key, KeyScope, Rate
 if TYPE_CHECKING:
     from mmd.config import Config, Model
 
-__all__ = ["NO_KEY", "TWO_KEYS", "UNKNOWN_KEY", "Visitor"]
+__all__ = ["NO_KEY", "TWO_KEYS", "UNKNOWN_KEY", "Visitor", "objection"]
 
 NO_KEY: Final = "no API key came with the request: send Authorization: Bearer KEY, or x-api-key: KEY"
 UNKNOWN_KEY: Final = "the API key is not known here; an administrator makes keys (mmdctl keys add NAME)"
@@ -99,6 +99,15 @@ class Visitor:
         return self.may_use(model, model.name)
 
     @property
+    def owner(self) -> str:
+        """What tells its key from others, also from a later one of the same name; "" without one."""
+        return "" if self.key is None else f"{self.key.name} {self.key.sha256[:8].hex()}"
+
+    def owns(self, owner: str | None) -> bool:
+        """Whether it may ask for an answer with that owner (KeptAnswers.owner). Those without one are administrators'."""
+        return owner is not None and (owner == self.owner if owner else self.admin)
+
+    @property
     def confined(self) -> bool:
         """Whether its key is good for some models only. Of the others it must not learn that there are any."""
         return self.key is not None and bool(self.key.models)
@@ -173,6 +182,15 @@ class Visitor:
     def resume(self, full_at_s: float) -> None:
         if self._rate is not None:
             self._rate.full_at_s = max(self._rate.full_at_s, full_at_s)
+
+
+def objection(visitor: Visitor | None, model: "Model", name: str, *, required: bool) -> ApiError | None:
+    """Why a request that was let in may not go on by the keys in force now, of which clients need one if `required`."""
+    if visitor is None:
+        return ApiError(401, NO_KEY, code="invalid_api_key") if required else None
+    if visitor.key is None:
+        return visitor.stranger()
+    return None if visitor.may_use(model, name) else visitor.no_such_model()
 
 
 def _too_many(message: str, wait_s: float) -> ApiError:
