@@ -253,9 +253,9 @@ def test_the_admin_api_over_tcp_needs_a_key_from_the_first_one_on(serving: Insta
     assert '"ok": true' in post(stop, {}, api=admin, headers={"x-api-key": operator}).text
     assert "stop demo/a, asked by the API key operator at 127.0.0.1\n" in serving.journal("-u", GATEWAY)
     scraper = add(serving, "scraper", "--scope", "read")
-    for key, shown in (("none", False), (user, False), (scraper, True), (operator, True)):
+    for key, seen in (("none", False), (user, False), (scraper, True), (operator, True)):
         status = serving.run("curl", "-s", f"{admin}/api/v1/status", "-H", f"x-api-key: {key}").stdout
-        assert ('"models"' in status) is shown
+        assert ('"models"' in status) is seen
     assert serving.run("curl", "-s", f"{admin}/api/v1/keys").stdout.count("admin_key_needed") == 1
     shown = serving.run("curl", "-s", f"{admin}/api/v1/keys", "-H", f"x-api-key: {operator}").stdout
     assert '"operator"' in shown
