@@ -35,8 +35,14 @@ __all__ = [
 
 
 class AdminAuth(StrEnum):
+    """What the admin API asks for over TCP."""
+
     KEY = "key"
+    """Where there are API keys, a key of the scope read or admin to look, and one of the scope admin for the rest."""
+    READ = "read"
+    """Nothing to look at what is not private, a key of the scope admin for the rest."""
     OPEN = "open"
+    """Nothing."""
 
 
 class AddedPorts(StrEnum):

@@ -4,7 +4,7 @@ Sizes are bytes, durations seconds, times Unix seconds. `message` is for people:
 """
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
 from mmd.status import ModelState
@@ -22,6 +22,7 @@ __all__ = [
     "QueueChanged",
     "Reloaded",
     "to_json",
+    "without_private",
 ]
 
 
@@ -163,6 +164,14 @@ Event = (
     | GatewayReplaced
     | Missed
 )
+
+
+def without_private(event: Event) -> Event:
+    """The event for somebody who may not see what is private: problems of a configuration repeat what is written in it."""
+    if isinstance(event, Reloaded) and event.problems:
+        message = f"the configuration has {len(event.problems)} problems"
+        return replace(event, message=message, problems=("not shown without a key for administration",))
+    return event
 
 
 def to_json(event: Event) -> dict[str, Any]:

@@ -7,14 +7,14 @@ Nothing here prints a key or a digest, neither `repr` nor an error.
 
 import hmac
 from base64 import urlsafe_b64encode
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from datetime import datetime
 from enum import StrEnum
 from fnmatch import fnmatchcase
 from hashlib import sha256
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 from mmd.check import Complaint, read_section
 from mmd.errors import MmdError
@@ -40,6 +40,8 @@ _HEADER = """\
 class KeyScope(StrEnum):
     USE = "use"
     """Inference."""
+    READ = "read"
+    """What is not private in the admin API over TCP, and the list of models: for scrapers and viewers."""
     ADMIN = "admin"
     """Inference, and the admin API over TCP."""
 
@@ -49,7 +51,12 @@ KEY = Section(
     "A key.",
     by_key(
         Setting("sha256", DIGEST, "", "SHA-256 of the whole key, with its mmd-."),
-        Setting("scope", choice(KeyScope, make=KeyScope), "use", "use for inference, admin for the admin API as well."),
+        Setting(
+            "scope",
+            choice(KeyScope, make=KeyScope),
+            "use",
+            "use for inference, read to look at the admin API, admin for both and for changes.",
+        ),
         Setting("models", GLOBS, "", "Globs; the models that have a matching name or alias. Without it, all models."),
         Setting("rate", RATE, "", "How many requests it may begin, at most so many at once. Without it, any number."),
         Setting("concurrency", CONCURRENCY, "", "How many requests it may have at the same time. Without it, any number."),
@@ -139,6 +146,15 @@ class Rate:
             return wait_s
         self.full_at_s = due_s + self._interval_s
         return 0.0
+
+
+# What limits inference; it would say nothing of a key that is good for none.
+_OF_INFERENCE: Final = ("models", "rate", "concurrency")
+_READS_ONLY: Final = "limits inference, which a key of the scope read is not good for"
+
+
+def _reads_only(values: Mapping[str, Any]) -> bool:
+    return values.get("scope") is KeyScope.READ
 
 
 class BadKeysError(MmdError):
@@ -245,6 +261,9 @@ class _Reader:
         values = read_section(KEY, raw, path, complaints)
         if not complaints and "sha256" not in values:
             complaints.append((path, "needs its sha256", f"mmdctl keys add {name}"))
+        complaints += [
+            ((*path, each), _READS_ONLY, "remove it") for each in _OF_INFERENCE if _reads_only(values) and each in values
+        ]
         self._complain(complaints)
         if complaints or any(where[:2] == path for where, _ in self._document.problems):
             return None

@@ -66,7 +66,9 @@ _GATEWAY = Section(
             "admin_auth",
             kinds.choice(config.AdminAuth, make=config.AdminAuth),
             "key",
-            "Who may change things over admin_listen: key (without an admin key it is read-only) or open (everybody).",
+            "Who may do what over admin_listen. key: where there are API keys, looking needs one of the scope read or admin; "
+            "what is private (logs, requests, keys, the configuration) and changes need one of the scope admin. read: looking "
+            "needs none. open: nothing needs one.",
         ),
         Setting(
             "added_ports",

@@ -5,7 +5,7 @@ fields unknown to this version are dropped, so that an older mmdctl can read a n
 """
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from enum import StrEnum
 from typing import Any, TypeVar
 
@@ -198,6 +198,10 @@ class ModelStatus:
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
 
+    def without_private(self) -> "ModelStatus":
+        """For somebody who may not see what engines log."""
+        return replace(self, tail=())
+
 
 @dataclass(frozen=True, slots=True)
 class Status:
@@ -209,6 +213,12 @@ class Status:
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
+
+    def without_private(self) -> "Status":
+        """For somebody who may see neither what engines log, nor what is written in the configuration."""
+        hidden = (f"{len(self.gateway.problems)}, not shown without a key for administration",) if self.gateway.problems else ()
+        models = tuple(model.without_private() for model in self.models)
+        return replace(self, gateway=replace(self.gateway, problems=hidden), models=models)
 
     @classmethod
     def from_json(cls, raw: Mapping[str, Any]) -> "Status":

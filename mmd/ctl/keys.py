@@ -15,7 +15,7 @@ from mmd.ctl.exits import CtlError, Exit
 from mmd.ctl.key_file import KeyFile
 from mmd.ctl.table import Cell, Column, table
 from mmd.key_kinds import KEY_NAME
-from mmd.keys import KEY, KEY_BYTES, Key, KeyRing, digest, key_text
+from mmd.keys import KEY, KEY_BYTES, Key, KeyRing, KeyScope, digest, key_text
 from mmd.kinds import BadValueError, Kind
 from mmd.setting import Setting
 
@@ -49,6 +49,10 @@ class Request:
         """That key; CtlError for what is not understood."""
         raw = {"scope": self.scope, "models": list(self.models), "rate": self.rate, "concurrency": self.concurrency}
         values = {name: _read(_kind(name), value, f"--{name}") for name, value in raw.items() if value not in (None, [])}
+        limits = [f"--{name}" for name in ("models", "rate", "concurrency") if name in values]
+        if values.get("scope") is KeyScope.READ and limits:
+            message = f"{', '.join(limits)}: limits inference, which a key of the scope read is not good for"
+            raise CtlError(message, hint="leave it out; such a key sees all models", exit_code=Exit.USAGE)
         created = datetime.now(UTC).replace(microsecond=0)
         return Key(_read(KEY_NAME, self.name, "NAME"), digest(secret.encode()), created=created, **values)
 

@@ -210,7 +210,10 @@ def _add_keys(commands: _Commands) -> None:
     command = _add(keys, "add", "add a key and print it, this once", _keys_add)
     command.add_argument("name", metavar="NAME", help="what it is called in lists and logs")
     command.add_argument(
-        "--scope", default="use", metavar="use|admin", help="inference, or the admin API as well; default: use"
+        "--scope",
+        default="use",
+        metavar="use|read|admin",
+        help="inference, a look at the admin API, or all of both; default: use",
     )
     command.add_argument(
         "--models", nargs="+", action="extend", default=[], metavar="GLOB", help="only models with such a name or alias"

@@ -21,6 +21,7 @@ from mmd.gateway.relay.cors import CorsExchange, cors_lines
 from mmd.gateway.relay.exchange import Exchange
 from mmd.gateway.relay.head import RequestHead
 from mmd.gateway.relay.inference import Inference, InferenceExchange
+from mmd.gateway.relay.kept import names_answers
 from mmd.gateway.relay.pages import page_refusal
 from mmd.gateway.relay.refused import RefusedExchange
 from mmd.gateway.relay.routing import ROUTES, Route, find_route, is_upstream
@@ -94,6 +95,8 @@ class Server:
         self._listeners: list[asyncio.Server] = []
         self._checker: asyncio.TimerHandle | None = None
         self._unchecked: list[ClientConnection] = []
+        if door is not Door.ADMIN_SOCKET:
+            inference.access.changed.append(self._judge_again)
 
     async def start(self) -> None:
         self._accepting = True
@@ -215,7 +218,9 @@ class Server:
                 return RefusedExchange(client, request, length, refusal)
         if self._elsewhere is not None:
             # What is counted against the limits of a key, one process counts.
-            for_workers = route is not None and route.for_workers and (visitor is None or not visitor.limited)
+            for_workers = route is not None and route.for_workers
+            if visitor is not None and (visitor.limited or names_answers(request.target)):  # and it knows whose answers are
+                for_workers = False
             if self._worker is not for_workers:
                 self._let_in.discard(client)
                 return None
@@ -282,6 +287,14 @@ class Server:
         del self._unchecked[-_CHECK_AT_ONCE:]
         self._checker = self._loop.call_later(_CHECK_PAUSE_S if self._unchecked else _CHECK_S, self._check)
 
+    def _judge_again(self) -> None:
+        """Other keys are in force: what they do not permit ends."""
+        required = self._inference.access.required
+        for connection in tuple(self.connections):
+            exchange = connection.exchange
+            if exchange is not None:
+                exchange.judge_again(required=required)
+
     async def stop_accepting(self) -> None:
         """From now on new connections wait for the next gateway."""
         self.leaving = True
@@ -299,6 +312,8 @@ class Server:
             _log.warning("%d requests are cut off after gateway.drain_timeout", busy)
         if self._checker is not None:
             self._checker.cancel()
+        if self._judge_again in self._inference.access.changed:
+            self._inference.access.changed.remove(self._judge_again)
         for connection in tuple(self.connections):
             connection.close() if connection.exchange is None else connection.abort()
 

@@ -65,7 +65,7 @@ _mmdctl() {
             mapfile -t COMPREPLY < <(compgen -f -- "$current")
             return
             ;;
-        --scope) choices="use admin" ;;
+        --scope) choices="use read admin" ;;
         -n | --lines | --since | --rate | --concurrency) return ;;
         *)
             if [[ -z $command ]]; then

@@ -239,7 +239,7 @@ def test_what_the_old_process_still_answers_counts_in_the_fresh_one(serving: Ins
     serving.wait_until(lambda: ask(one) == 200)
 
 
-def test_the_admin_api_over_tcp_is_read_only_without_a_key_for_it(serving: Installation) -> None:
+def test_the_admin_api_over_tcp_needs_a_key_from_the_first_one_on(serving: Installation) -> None:
     admin = "http://127.0.0.1:8001"
     stop = "/api/v1/models/demo%2Fa/stop"
     assert post(stop, {}, api=admin).status == 403
@@ -252,8 +252,10 @@ def test_the_admin_api_over_tcp_is_read_only_without_a_key_for_it(serving: Insta
     assert ask(user, api=admin) == 200
     assert '"ok": true' in post(stop, {}, api=admin, headers={"x-api-key": operator}).text
     assert "stop demo/a, asked by the API key operator at 127.0.0.1\n" in serving.journal("-u", GATEWAY)
-    status = serving.run("curl", "-s", f"{admin}/api/v1/status").stdout
-    assert '"models"' in status
+    scraper = add(serving, "scraper", "--scope", "read")
+    for key, seen in (("none", False), (user, False), (scraper, True), (operator, True)):
+        status = serving.run("curl", "-s", f"{admin}/api/v1/status", "-H", f"x-api-key: {key}").stdout
+        assert ('"models"' in status) is seen
     assert serving.run("curl", "-s", f"{admin}/api/v1/keys").stdout.count("admin_key_needed") == 1
     shown = serving.run("curl", "-s", f"{admin}/api/v1/keys", "-H", f"x-api-key: {operator}").stdout
     assert '"operator"' in shown

@@ -13,6 +13,7 @@ from relay_gateway import Engine, Running, engine, gateway
 
 from mmd.gateway.admin import AdminApi
 from mmd.gateway.admin.registry import RegistryRoutes
+from mmd.gateway.admin_access import AdminAccess
 from mmd.gateway.application import ApplicationServer
 from mmd.gateway.dispatcher import Dispatcher
 from mmd.gateway.gauges import Gauges
@@ -102,7 +103,8 @@ async def administered(
             more=RegistryRoutes(dispatcher, snapshot, scope).routes(),
         )
         made.append(api)
-        return [api.definition(route) for route in api.routes]
+        access = AdminAccess(lambda: dispatcher.config.gateway)  # as on the admin socket: everything is shown
+        return [access.on_socket(api.definition(route)) for route in api.routes]
 
     async with (
         engine(folder / "engine.sock", serve) as endpoint,

@@ -28,9 +28,10 @@ from mmd.config import EngineKind, Model
 from mmd.gateway.relay import access
 from mmd.gateway.relay.access import Access
 from mmd.gateway.relay.head import RequestHead, RequestParser
+from mmd.gateway.relay.kept import with_owner
 from mmd.gateway.relay.visitor import Visitor
 from mmd.gateway.server import Door
-from mmd.keys import Key, KeyRing, Limit, digest, key_text
+from mmd.keys import Key, KeyRing, KeyScope, Limit, digest, key_text
 
 SECRETS = {name: key_text(name.encode().ljust(32, b".")) for name in ("all", "narrow", "adapter", "slow", "single", "wrong")}
 
@@ -108,6 +109,7 @@ def chat(fields: bytes, model: str = "m") -> bytes:
 
 
 _FORM = b'--b\r\nContent-Disposition: form-data; name="model"\r\n\r\nm\r\n--b--\r\n'
+_FORM_OF_NAME = _FORM.replace(b"\r\nm\r\n", b"\r\nNAME\r\n")
 _KINDS = {
     "body": ("POST", "/v1/chat/completions", b"", body_of("m")),
     "kept": ("POST", "/v1/responses", b"", body_of("m")),
@@ -130,8 +132,8 @@ _CREDENTIALS = {
     "both, different": (bearer("all") + x_api_key("narrow"), 401),
     "a good one and a bad one": (bearer("all") + x_api_key("wrong"), 401),
     "hidden": (b"Connection: authorization\r\n" + bearer("all"), 401),
-    "forbidden model": (bearer("narrow"), 403),
-    "forbidden model, x-api-key": (x_api_key("narrow"), 403),
+    "forbidden model": (bearer("narrow"), 404),
+    "forbidden model, x-api-key": (x_api_key("narrow"), 404),
     "limited": (bearer("single"), 200),
 }
 
@@ -143,14 +145,17 @@ def test_every_kind_of_route_by_every_kind_of_credential(tmp_path: Path, caplog:
             assert (await client.ask(asking("/v1/responses", bearer("all"), body_of("m"))))[0] == 200
             await until(lambda: running.dispatcher.kept().find("resp_of_m"))
             for kind, (method, target, fields, body) in _KINDS.items():
-                for name, (credentials, expected) in _CREDENTIALS.items():
+                for name, (credentials, expected_of_most) in _CREDENTIALS.items():
                     recorder.heads.clear()
+                    made_by_all = with_owner("m", running.inference.access.named("all").owner)  # type: ignore[union-attr]
+                    running.dispatcher.kept().add("resp_of_m", made_by_all)
+                    expected = 404 if (kind, name) == ("id", "limited") else expected_of_most
                     status, answer, content = await client.ask(asking(target, credentials + fields, body, method))
                     assert status == expected, (kind, name, content)
                     assert bool(recorder.heads) is (status == 200 and kind != "show"), (kind, name)
                     assert b"mmd-" not in content
                     if status >= 400:
-                        code = "invalid_api_key" if status == 401 else "model_not_allowed"
+                        code = "invalid_api_key" if status == 401 else "not_found" if kind == "id" else "model_not_found"
                         assert json.loads(content)["error"]["code"] == code, (kind, name)
                         assert ("www-authenticate" in answer) is (status == 401)
                     for head in recorder.heads:
@@ -177,7 +182,7 @@ def test_an_engine_never_sees_credentials_even_where_none_are_asked_for(tmp_path
 def test_a_websocket_of_a_browser_brings_its_key_as_a_subprotocol(tmp_path: Path) -> None:
     async def scenario() -> None:
         async with guarded(tmp_path) as (running, recorder):
-            for name, expected in (("all", 101), ("wrong", 401), ("narrow", 403)):
+            for name, expected in (("all", 101), ("wrong", 401), ("narrow", 404)):
                 client = await running.connect()
                 protocols = f"realtime, openai-insecure-api-key.{SECRETS[name]}, openai-beta.realtime-v1"
                 fields = f"Connection: Upgrade\r\nUpgrade: websocket\r\nSec-WebSocket-Protocol: {protocols}\r\n".encode()
@@ -215,13 +220,54 @@ def test_a_key_sees_the_models_that_it_is_good_for(tmp_path: Path) -> None:
             listed = [each["id"] for each in json.loads((await get("/v1/models", "narrow"))[1])["data"]]
             assert listed == ["other", "adapter-of-other"]
             assert (await get("/v1/models/other", "narrow"))[0] == 200
-            assert (await get("/v1/models/m", "narrow"))[0] == 403
+            assert await get("/v1/models/m", "narrow") == await get("/v1/models/mm", "narrow")
             status, content = await get("/v1/models/mm", "narrow")
             assert (status, "'m'" in content) == (404, False), "a near name is none of this key's business"
             status, _, text = await client.ask(chat(bearer("narrow"), "mother"))
             assert (status, b"'other'" in text) == (404, False)
             status, _, text = await client.ask(chat(bearer("all"), "mother"))
             assert (status, b"'other'" in text) == (404, True)
+
+    run(scenario())
+
+
+def test_a_confined_key_cannot_tell_other_models_from_none(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        async with guarded(tmp_path) as (running, recorder):
+            client = await running.connect()
+            await client.ask(asking("/v1/responses", bearer("all"), body_of("m")))
+            await until(lambda: running.dispatcher.kept().find("resp_of_m"))
+            recorder.heads.clear()
+            upgrade = b"Connection: Upgrade\r\nUpgrade: websocket\r\n"
+            asked = (
+                ("POST", "/v1/chat/completions", b"", body_of("NAME")),
+                ("POST", "/v1/chat/completions", b"X-MMD-Wait: 0\r\n", body_of("NAME", stream=True)),
+                ("POST", "/v1/audio/transcriptions", b"Content-Type: multipart/form-data; boundary=b\r\n", _FORM_OF_NAME),
+                ("GET", "/props?model=NAME", b"", b""),
+                ("GET", "/v1/realtime?model=NAME", upgrade, b""),
+                ("GET", "/v1/models/NAME", b"", b""),
+                *(
+                    (method, f"/upstream/NAME{path}", b"", b"")
+                    for method in ("GET", "POST", "DELETE")
+                    for path in ("", "/", "/sleep", "/v1/chat/completions", "/v1/models")
+                ),
+                ("GET", "/v1/responses/resp_NAME", b"", b""),
+            )
+            for method, target, fields, body in asked:
+                for key in ("narrow", "adapter"):
+                    answers = set()
+                    for name in ("m", "alias-of-m", "nm") if key == "narrow" else ("other", "alias-of-other", "rethoo"):
+                        request = asking(target, bearer(key) + fields, body, method).replace(b"resp_NAME", b"resp_of_NAME")
+                        body_length = len(body) - len("NAME") + len(name) if b"NAME" in body else len(body)
+                        request = request.replace(b"Content-Length: %d" % len(body), b"Content-Length: %d" % body_length)
+                        status, answer, content = await client.ask(request.replace(b"NAME", name.encode()))
+                        del answer["date"]
+                        for field in ("x-request-id", "content-length"):
+                            answer.pop(field, None)
+                        answers.add((status, str(answer), content.replace(b"resp_of_" + name.encode(), b"")))
+                    assert len(answers) == 1, (method, target, key, answers)
+                    assert next(iter(answers))[0] == 404, answers
+            assert not recorder.heads
 
     run(scenario())
 
@@ -234,9 +280,9 @@ def test_a_key_for_an_adapter_is_none_for_its_model(tmp_path: Path) -> None:
                 model: (await client.ask(chat(bearer("adapter"), model)))[0]
                 for model in ("adapter-of-m", "m", "alias-of-m", "adapter-of-other")
             }
-            assert found == {"adapter-of-m": 200, "m": 403, "alias-of-m": 403, "adapter-of-other": 403}
+            assert found == {"adapter-of-m": 200, "m": 404, "alias-of-m": 404, "adapter-of-other": 404}
             for target in ("/upstream/adapter-of-m/v1/chat/completions", "/upstream/m/v1/chat/completions"):
-                assert (await client.ask(asking(target, bearer("adapter"), body_of("m"))))[0] == 403
+                assert (await client.ask(asking(target, bearer("adapter"), body_of("m"))))[0] == 404
             assert (await client.ask(chat(bearer("narrow"), "alias-of-other")))[0] == 200
 
     run(scenario())
@@ -249,7 +295,7 @@ def test_each_request_of_a_connection_is_judged_by_its_own_key(tmp_path: Path) -
             names = ["all", "narrow", "all", "wrong", "single", "slow", "all", "adapter", "wrong", "single"] * 3
             await client.send(b"".join(chat(bearer(name)) for name in names))
             statuses = [(await client.answer())[0] for _ in names]
-            expected = {"all": 200, "narrow": 403, "wrong": 401, "single": 200, "slow": 200, "adapter": 403}
+            expected = {"all": 200, "narrow": 404, "wrong": 401, "single": 200, "slow": 200, "adapter": 404}
             assert statuses == [expected[name] for name in names]
 
     run(scenario())
@@ -493,7 +539,7 @@ def test_sdks_raise_what_they_should(tmp_path: Path) -> None:
                 with pytest.raises(sdk.AuthenticationError) as unknown:
                     await call("wrong")
                 assert SECRETS["wrong"] not in str(unknown.value)
-                with pytest.raises(sdk.PermissionDeniedError, match="narrow is not good for"):
+                with pytest.raises(sdk.NotFoundError, match="for the API key narrow"):
                     await call("narrow")
                 await call("all")
                 answered = [await asyncio.gather(call("slow"), return_exceptions=True) for _ in range(4)]
@@ -564,3 +610,80 @@ def test_concurrency_is_never_exceeded_nor_lost(steps: list[str], most: int) -> 
         elif step == "renew":
             access.use(pickle.loads(pickle.dumps(KeyRing((key,), serial + 2))))
         assert visitor.in_flight == len(held)
+
+
+def test_an_answer_that_an_engine_keeps_is_for_the_key_that_made_it(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        async with guarded(tmp_path) as (running, recorder):
+            client = await running.connect()
+            for made_at in ("/v1/responses", "/upstream/m/v1/responses"):
+                assert (await client.ask(asking(made_at, bearer("all"), body_of("m"))))[0] == 200
+                await until(lambda: running.dispatcher.kept().owner("resp_of_m"))
+                recorder.heads.clear()
+                going_on = b'{"model": "m", "previous_response_id": "resp_of_m"}'
+                asked = (
+                    ("GET", "/v1/responses/resp_of_m", b""),
+                    ("DELETE", "/v1/responses/resp_of_m", b""),
+                    ("GET", "/upstream/m/v1/responses/resp_of_m", b""),
+                    ("POST", "/v1/responses", going_on),
+                    ("POST", "/upstream/m/v1/responses", going_on),
+                )
+                for method, target, body in asked:
+                    other = await client.ask(asking(target, bearer("slow"), body, method))
+                    missing = await client.ask(
+                        asking(target.replace("_of_m", "_of_x"), bearer("slow"), body.replace(b"_of_m", b"_of_x"), method)
+                    )
+                    assert (other[0], other[2]) == (missing[0], missing[2].replace(b"_of_x", b"_of_m")), target
+                    assert other[0] == 404
+                    assert not recorder.heads, "the engine was not asked"
+                    assert (await client.ask(asking(target, bearer("all"), body, method)))[0] == 200, target
+                    recorder.heads.clear()
+            again = KeyRing((Key("all", digest(SECRETS["wrong"].encode())),), 9)
+            await running.use_keys(again)
+            assert (await client.ask(asking("/v1/responses/resp_of_m", bearer("wrong"), method="GET")))[0] == 404, (
+                "of that name"
+            )
+            running.dispatcher.kept().add("resp_of_nobody", "m")
+            boss = Key("boss", digest(SECRETS["narrow"].encode()), scope=KeyScope.ADMIN)
+            await running.use_keys(KeyRing((*again.keys, boss), 10))
+            for name, expected in (("wrong", 404), ("narrow", 200)):
+                status, *_ = await client.ask(asking("/v1/responses/resp_of_nobody", bearer(name), method="GET"))
+                assert status == expected, "what was made without a key is for administrators"
+
+    run(scenario())
+
+
+def test_a_revoked_key_s_streams_and_websockets_end(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        async def endless(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            head = await reader.readuntil(b"\r\n\r\n")
+            if b"websocket" in head:
+                writer.write(b"HTTP/1.1 101 Switching Protocols\r\nConnection: Upgrade\r\nUpgrade: websocket\r\n\r\n")
+            else:
+                writer.write(b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nTransfer-Encoding: chunked\r\n\r\n")
+                writer.write(b"9\r\ndata: 1\n\n\r\n")
+            await writer.drain()
+            await reader.read()
+
+        upgrade = b"Connection: Upgrade\r\nUpgrade: websocket\r\n"
+        for change in ("revoked", "confined"):
+            async with engine(tmp_path / "m.sock", endless) as one, gateway({"m": one}, keys=RING) as running:
+                stream, socket_, other = [await running.connect() for _ in range(3)]
+                await stream.send(asking("/v1/chat/completions", bearer("all"), body_of("m", stream=True)))
+                await stream.reader.readuntil(b"data: 1\n\n")
+                await other.send(asking("/v1/chat/completions", bearer("slow"), body_of("m", stream=True)))
+                await other.reader.readuntil(b"data: 1\n\n")
+                request = asking("/v1/realtime?model=m", upgrade + bearer("all"), method="GET")
+                assert (await socket_.ask(request))[0] == 101
+                keys = (SLOW,) if change == "revoked" else (SLOW, Key("all", ALL.sha256, models=("none*",)))
+                begun = time.monotonic()
+                await running.use_keys(KeyRing(keys, 8))
+                async with asyncio.timeout(5):
+                    said = await stream.reader.readuntil(b"[DONE]")
+                    assert (b"invalid_api_key" if change == "revoked" else b"model_not_found") in said
+                    assert await socket_.rest() == b""
+                assert time.monotonic() - begun < 5
+                assert running.inference.access.named("slow") is not None
+                assert not other.reader.at_eof(), "that of another key goes on"
+
+    run(scenario())

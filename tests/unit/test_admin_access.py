@@ -17,6 +17,7 @@ from aiohttp import web
 from relay_gateway import Running, Script, relay, run
 
 from mmd.config import AdminAuth, Gateway
+from mmd.events import Reloaded, to_json, without_private
 from mmd.gateway.admin_access import AdminAccess
 from mmd.gateway.application import ApplicationServer
 from mmd.gateway.handover import KeysTaken
@@ -25,11 +26,18 @@ from mmd.gateway.relay.access import Access
 from mmd.gateway.server import Door
 from mmd.gateway.snapshot import Snapshot
 from mmd.keys import Key, KeyRing, KeyScope, Limit, digest, key_text
+from mmd.status import GatewayStatus, ModelState, ModelStatus, Status
 
-ADMIN, USE, WRONG = (key_text(name.ljust(32, b".")) for name in (b"admin", b"use", b"wrong"))
+ADMIN, USE, READ, WRONG = (key_text(name.ljust(32, b".")) for name in (b"admin", b"use", b"read", b"wrong"))
 RING = KeyRing(
-    (Key("operator", digest(ADMIN.encode()), scope=KeyScope.ADMIN), Key("ci", digest(USE.encode()), rate=Limit(5, 60))), 3
+    (
+        Key("operator", digest(ADMIN.encode()), scope=KeyScope.ADMIN),
+        Key("ci", digest(USE.encode()), rate=Limit(5, 60)),
+    ),
+    3,
 )
+
+LOOKED_AT = KeyRing((*RING.keys, Key("scraper", digest(READ.encode()), scope=KeyScope.READ)), RING.serial)
 
 
 class _Picture:
@@ -130,19 +138,21 @@ _CHANGES = (("POST", "/api/v1/models/demo%2Fm/stop"), ("POST", "/api/v1/reload")
 _PRIVATE = (("GET", "/api/v1/logs"), ("GET", "/api/v1/keys"))
 
 
-@pytest.mark.parametrize("ring", [RING, KeyRing()], ids=["keys", "no keys"])
+@pytest.mark.parametrize("ring", [LOOKED_AT, KeyRing()], ids=["keys", "no keys"])
 def test_over_tcp_changes_need_a_key_for_administration(tmp_path: Path, ring: KeyRing) -> None:
     async def body(admin: Admin) -> None:
         for method, path in (*_CHANGES, *_PRIVATE):
-            for key in ("", USE, WRONG):
+            for key in ("", USE, READ, WRONG):
                 status, said = await admin.ask(method, path, key)
                 assert status == (401 if key == WRONG and ring.required else 403), (path, key)
                 assert "mmdctl keys add" in said["error"]["message"]
                 assert "mmd-" not in said["error"]["message"]
         assert not admin.done
-        assert (await admin.ask("GET", "/api/v1/status"))[0] == 200, "it is read-only, not closed"
-        assert (await admin.ask("GET", "/api/v1/status", USE))[0] == 200
-        assert (await admin.ask("GET", "/api/v1/status", WRONG))[0] == (401 if ring.required else 200)
+        looking = (
+            {"": 401, USE: 403, WRONG: 401, READ: 200, ADMIN: 200} if ring.required else dict.fromkeys(("", USE, READ), 200)
+        )
+        for key, status in looking.items():
+            assert (await admin.ask("GET", "/api/v1/status", key))[0] == status, key
         for method, path in (*_CHANGES, *_PRIVATE):
             assert (await admin.ask(method, path, ADMIN))[0] == (200 if ring.required else 403)
 
@@ -191,6 +201,35 @@ def test_open_lets_everybody_change_but_the_pages_of_strangers(tmp_path: Path, r
             )
 
     check(tmp_path, body, ring=ring, auth=AdminAuth.OPEN, origins=("https://ui.example.com",))
+
+
+def test_with_read_nobody_needs_a_key_to_look(tmp_path: Path) -> None:
+    async def body(admin: Admin) -> None:
+        looking = {"": 200, USE: 200, WRONG: 401, READ: 200, ADMIN: 200}
+        for key, status in looking.items():
+            assert (await admin.ask("GET", "/api/v1/status", key))[0] == status, key
+        for method, path in (*_CHANGES, *_PRIVATE):
+            assert (await admin.ask(method, path, READ))[0] == 403
+
+    check(tmp_path, body, ring=LOOKED_AT, auth=AdminAuth.READ)
+
+
+def test_a_key_to_look_with_is_none_for_inference(tmp_path: Path) -> None:
+    async def body(admin: Admin) -> None:
+        status, said = await admin.ask("POST", "/v1/chat/completions", READ, b'{"model": "m"}')
+        assert (status, said["error"]["code"]) == (403, "use_key_needed")
+
+    check(tmp_path, body, ring=LOOKED_AT)
+
+
+def test_what_is_private_is_left_out_for_who_may_only_look() -> None:
+    model = ModelStatus("m", "m", "sim", ModelState.FAILED, reason="exit 1", tail=("a prompt",))
+    shown = Status(GatewayStatus("0", 1, 0.0, problems=("mmd.yaml:1: 'secret' is wrong",)), models=(model,)).without_private()
+    assert "prompt" not in str(shown)
+    assert "secret" not in str(shown)
+    assert shown.models[0].reason == "exit 1"
+    event = without_private(Reloaded(0.0, "problems: 'secret'", problems=("'secret' is wrong",)))
+    assert "secret" not in str(to_json(event))
 
 
 def test_the_log_says_who_asked_for_a_change(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

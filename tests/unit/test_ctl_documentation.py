@@ -88,7 +88,7 @@ def test_bash_completes_every_command_and_option() -> None:
             assert complete("mmdctl", name, "") == below(group).keys()
             assert complete("mmdctl", name, "-") == options(group)
     assert complete("mmdctl", "sleep", "--level", "") == {"1", "2"}
-    assert complete("mmdctl", "keys", "add", "ci", "--scope", "") == {"use", "admin"}
+    assert complete("mmdctl", "keys", "add", "ci", "--scope", "") == {"use", "read", "admin"}
     assert complete("mmdctl", "keys", "revoke", "") == set()
 
 

@@ -93,7 +93,7 @@ def test_mistakes_are_named_with_their_place(text: str, expected: list[str]) -> 
 @pytest.mark.parametrize(
     ("entry", "expected"),
     [
-        ("scope: root", "scope: 'root' is not use or admin"),
+        ("scope: root", "scope: 'root' is not use or read or admin"),
         ("rate: 60", "rate: 60 is not a rate such as 60/min (write 60/min, 5/s or 1000/h)"),
         ("rate: 0/s", "rate: '0/s' is not a rate such as 60/min (write 60/min, 5/s or 1000/h)"),
         ("rate: 5/d", "rate: '5/d' is not a rate such as 60/min (write 60/min, 5/s or 1000/h)"),

@@ -13,7 +13,7 @@ from mmd.gateway.admin.logs import LogRoutes
 from mmd.gateway.admin.models import ModelRoutes
 from mmd.gateway.admin.openapi import document
 from mmd.gateway.admin.requests import RequestRoutes
-from mmd.gateway.admin.route import ApiResponse, Route, as_json
+from mmd.gateway.admin.route import ApiResponse, Route, as_json, sees_all
 from mmd.gateway.dispatcher import Dispatcher
 from mmd.gateway.operations import Operations
 from mmd.gateway.pin_book import PinBook
@@ -80,7 +80,8 @@ class AdminApi:
         return as_json(self._document)
 
     async def status(self, _: web.Request) -> web.Response:
-        return as_json(self._snapshot.status())
+        status = self._snapshot.status()
+        return as_json(status if sees_all() else status.without_private())
 
     async def gpus(self, _: web.Request) -> web.Response:
         status = self._snapshot.status()

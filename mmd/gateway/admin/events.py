@@ -8,8 +8,8 @@ from typing import Final
 
 from aiohttp import web
 
-from mmd.events import Event, Missed, to_json
-from mmd.gateway.admin.route import EVENT_STREAM, LAST_EVENT_ID, ApiResponse, Parameter, Route, flag, number
+from mmd.events import Event, Missed, to_json, without_private
+from mmd.gateway.admin.route import EVENT_STREAM, LAST_EVENT_ID, ApiResponse, Parameter, Route, flag, number, sees_all
 from mmd.gateway.admin.stream import EventStream, until
 from mmd.gateway.event_log import EventLog, Listener, Noted
 
@@ -53,21 +53,23 @@ class EventRoutes:
             await stream.open()
             if not complete:
                 await self._miss(stream, "there were events since that are not kept any more")
-            await self._send(stream, kept)
+            private = sees_all()
+            await self._send(stream, kept, private=private)
             if follow:
                 async with aclosing(until(self._closing, _coming(listener))) as coming:
                     async for noted in coming:
                         if noted is None:
                             await stream.keep_alive()
                         else:
-                            await self._send(stream, (noted,))
+                            await self._send(stream, (noted,), private=private)
                 if listener.behind:
                     await self._miss(stream, "this client does not keep up; come back with Last-Event-ID")
         return await stream.close()
 
-    async def _send(self, stream: EventStream, noted: Iterable[Noted]) -> None:
+    async def _send(self, stream: EventStream, noted: Iterable[Noted], *, private: bool) -> None:
         for each in noted:
-            await stream.send(to_json(each.event), event=each.event.type, id_=self._log.id_of(each))
+            event = each.event if private else without_private(each.event)
+            await stream.send(to_json(event), event=each.event.type, id_=self._log.id_of(each))
 
     async def _miss(self, stream: EventStream, message: str) -> None:
         missed = Missed(time.time(), message)

@@ -17,7 +17,7 @@ from aiohttp import web
 from mmd.answers import Models
 from mmd.config import EngineKind, Model
 from mmd.errors import MmdError
-from mmd.gateway.admin.route import ApiResponse, Body, Route, as_json
+from mmd.gateway.admin.route import ApiResponse, Body, Route, as_json, sees_all
 from mmd.gateway.api_error import ApiError, no_such_model
 from mmd.gateway.dispatcher import Dispatcher
 from mmd.gateway.operations import Operations, Options
@@ -91,10 +91,12 @@ class ModelRoutes:
         )
 
     async def list(self, _: web.Request) -> web.Response:
-        return as_json(Models(self._snapshot.status().models))
+        status = self._snapshot.status()
+        return as_json(Models((status if sees_all() else status.without_private()).models))
 
     async def show(self, request: web.Request) -> web.Response:
-        return as_json(self._snapshot.model(self._model(request)))
+        model = self._snapshot.model(self._model(request))
+        return as_json(model if sees_all() else model.without_private())
 
     async def operate(self, verb: _Verb, request: web.Request) -> web.StreamResponse:
         """Run one operation on one model and stream how it goes."""

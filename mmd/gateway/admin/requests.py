@@ -52,6 +52,7 @@ class RequestRoutes:
                 "Requests that are not over",
                 ApiResponse("Those for models, waiting or under way, the oldest first.", Requests),
                 description="What a gateway that was replaced by an upgrade still answers is not among them.",
+                private=True,  # whose they are, and when they came
             ),
             Route(
                 "DELETE",

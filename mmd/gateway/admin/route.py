@@ -1,6 +1,7 @@
 """A route of the admin API: who answers it, and all that its description says."""
 
 from collections.abc import Awaitable, Callable, Iterable
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any, Final, Literal
 
@@ -9,7 +10,19 @@ from aiohttp import web
 
 from mmd.gateway.api_error import ApiError
 
-__all__ = ["EVENT_STREAM", "LAST_EVENT_ID", "ApiResponse", "Body", "Parameter", "Route", "as_json", "flag", "number"]
+__all__ = [
+    "EVENT_STREAM",
+    "LAST_EVENT_ID",
+    "ApiResponse",
+    "Body",
+    "Parameter",
+    "Route",
+    "as_json",
+    "flag",
+    "let_see_all",
+    "number",
+    "sees_all",
+]
 
 EVENT_STREAM: Final = "text/event-stream"
 
@@ -89,6 +102,20 @@ LAST_EVENT_ID: Final = Parameter(
     "Last-Event-ID", "The id of the last event that the client has: go on behind it.", {"type": "string"}, "header"
 )
 """What a browser's EventSource sends when it comes back."""
+
+
+# A handler runs in a task of its own request (mmd.gateway.relay.application). aiohttp 3.11 has no typed place in a request.
+_SEES_ALL: Final[ContextVar[bool]] = ContextVar("sees_all", default=False)
+
+
+def let_see_all(allowed: bool) -> None:
+    """Whether who asks may see what is private: for the handler of the request that is being answered."""
+    _SEES_ALL.set(allowed)
+
+
+def sees_all() -> bool:
+    """Whether who asks may see what is private, such as lines of engines' logs; not unless somebody has said so."""
+    return _SEES_ALL.get()
 
 
 def as_json(value: object, status: int = 200) -> web.Response:

@@ -4,6 +4,7 @@ A key comes as `Authorization: Bearer KEY`, as `x-api-key: KEY`, or, since brows
 subprotocol `openai-insecure-api-key.KEY`. None of them reaches an engine (relay.head).
 """
 
+from collections.abc import Callable
 from typing import Final
 
 from mmd.gateway.relay.head import KEY_PROTOCOL, RequestHead
@@ -27,6 +28,8 @@ class Access:
         self._nobody = Visitor(None, NO_KEY)
         self._unknown = Visitor(None, UNKNOWN_KEY)
         self._torn = Visitor(None, TWO_KEYS)
+        self.changed: list[Callable[[], None]] = []
+        """Are called when other keys are in force."""
         self._edition = object()
         """Another one for each ring: what a head has been looked up in."""
 
@@ -45,6 +48,8 @@ class Access:
                 visitor.revoke()
         self._visitors = visitors
         self.ring, self.required, self._edition = ring, ring.required, object()
+        for tell in tuple(self.changed):
+            tell()
 
     def visitor(self, request: RequestHead) -> Visitor:
         """Who asks. Heads are remembered by their bytes, and with them who they are from."""

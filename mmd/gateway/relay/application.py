@@ -14,7 +14,7 @@ from mmd.gateway.api_error import ApiError
 from mmd.gateway.relay.exchange import Exchange
 from mmd.gateway.relay.framing import chunk, last_chunk
 from mmd.gateway.relay.head import RequestHead
-from mmd.gateway.relay.visitor import Visitor
+from mmd.gateway.relay.visitor import UNKNOWN_KEY, Visitor
 
 if TYPE_CHECKING:
     from mmd.gateway.relay.client import ClientConnection
@@ -123,6 +123,7 @@ class ApplicationExchange(Exchange):
         """`visitor`: whose key it comes with; None where no keys are asked for."""
         super().__init__(client, request, length)
         self.visitor = visitor
+        self._scope = None if visitor is None or visitor.key is None else visitor.key.scope
         self._chunks = request.chunked
         self._handler: RequestHandler = server()
         pipe = _Pipe(self, client, self._handler)
@@ -144,6 +145,15 @@ class ApplicationExchange(Exchange):
             parts.append(b"Content-Length: %d\r\n" % self.length)
         parts.append(b"\r\n")
         self._handler.data_received(b"".join(parts))
+
+    def judge_again(self, *, required: bool) -> None:
+        visitor = self.visitor
+        if visitor is None:
+            permitted = not required
+        else:
+            permitted = self._scope is None or (visitor.key is not None and visitor.key.scope is self._scope)
+        if not permitted and not self.over:
+            self.fail(ApiError(401, UNKNOWN_KEY, code="invalid_api_key"))
 
     def feed(self, piece: bytes) -> None:
         self._handler.data_received(chunk(piece) if self._chunks else piece)

@@ -110,6 +110,9 @@ class Exchange:
         """Whether the answer that the client has the head of is chunked; None when there is none."""
         return self._chunked if self.started else None
 
+    def judge_again(self, *, required: bool) -> None:
+        """Other API keys are in force: end what they do not permit. `required`: clients need one."""
+
     def withdraw(self) -> None:
         """Another process answers it."""
         self.over = True

@@ -4,7 +4,7 @@ from typing import Final
 
 import msgspec
 
-__all__ = ["Routing", "decode_fields", "decode_routing", "encode", "raw"]
+__all__ = ["Referring", "Routing", "decode_fields", "decode_referring", "decode_routing", "encode", "raw"]
 
 
 class Routing(msgspec.Struct):
@@ -14,6 +14,13 @@ class Routing(msgspec.Struct):
     stream: object = None
 
 
+class Referring(msgspec.Struct):
+    """What of an earlier answer a request goes on from."""
+
+    previous_response_id: object = None
+
+
+decode_referring: Final = msgspec.json.Decoder(Referring).decode
 decode_routing: Final = msgspec.json.Decoder(Routing).decode
 decode_fields: Final = msgspec.json.Decoder(dict[str, msgspec.Raw]).decode
 encode: Final = msgspec.json.encode

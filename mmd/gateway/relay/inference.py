@@ -18,11 +18,11 @@ from mmd.gateway.relay.engine import EngineConnection, EngineConnections
 from mmd.gateway.relay.framing import chunk, last_chunk
 from mmd.gateway.relay.gate import Gate
 from mmd.gateway.relay.head import RequestHead, ResponseHead
-from mmd.gateway.relay.kept import IdFinder
+from mmd.gateway.relay.kept import IdFinder, names_answers, referred_to, with_owner
 from mmd.gateway.relay.request_id import own_line
 from mmd.gateway.relay.room import count_share, has_room
 from mmd.gateway.relay.routing import Aim, Route, UnknownAnswerError, not_taken
-from mmd.gateway.relay.visitor import Visitor
+from mmd.gateway.relay.visitor import Visitor, objection
 from mmd.gateway.relay.waiting import EVENTS, WaitingExchange, wait_of
 from mmd.printable import quoted
 from mmd.quantity import format_size
@@ -44,6 +44,8 @@ _ERROR_MAX_BYTES = 64 << 10
 _WITH_BODY = frozenset((b"POST", b"PUT", b"PATCH"))
 
 _SHORT_BYTES = 64
+
+_KEEPING = b"/v1/responses"
 
 
 # So much is never too much. Most processes hold no more, and need not look.
@@ -125,6 +127,8 @@ class InferenceExchange(WaitingExchange):
         self._retried = False
         self._error: bytearray | None = None
         """The engine's error, while it is collected to become an event."""
+        self._name = ""
+        """What the client calls the model."""
         self._finder: IdFinder | None = None
         """Of an answer that the engine keeps, until its id was found."""
         self._sent = 0
@@ -197,11 +201,12 @@ class InferenceExchange(WaitingExchange):
         try:
             if self.request.wait:
                 self._wait_s = wait_of(self.request.wait)
-            aim = self._route.aim(self.request, body, config, gate.kept())
+            seen = config if self._visitor is None else self._visitor.view(config)
+            aim = self._route.aim(self.request, body, seen, gate.kept())
         except UnknownAnswerError as unknown:  # by another name than below: to mypyc one name has one type
             self._task = self._shared.loop.create_task(self._seek(unknown.answer, body))
         except ApiError as error:
-            self._refuse(error)
+            self.fail(error)
         else:
             self._forward(aim, body)
 
@@ -210,19 +215,25 @@ class InferenceExchange(WaitingExchange):
         kept = self._shared.gate.kept()
         await kept.turn_up(answer)
         try:
-            aim = self._route.aim(self.request, body, self._shared.gate.config, kept)
+            config = self._shared.gate.config
+            aim = self._route.aim(self.request, body, config if self._visitor is None else self._visitor.view(config), kept)
         except ApiError as error:
-            self._refuse(error)
+            self.fail(error)
         else:
             self._forward(aim, body)
-
-    def _refuse(self, error: ApiError) -> None:
-        self.fail(error if self._visitor is None else self._visitor.veil(error))
 
     def _forward(self, aim: Aim, body: bytes) -> None:
         gate = self._shared.gate
         model, self._stream, self._request, self._target, name = aim
+        self._name = name
         if self._visitor is not None:
+            if names_answers(self.request.target):
+                if self._target.partition(b"?")[0] == _KEEPING and self.request.method == b"POST":
+                    self._finder = IdFinder()
+                for answer in referred_to(self.request.method, self._target, body):
+                    if not self._visitor.owns(gate.kept().owner(answer)):
+                        self.fail(UnknownAnswerError(answer))
+                        return
             refusal = self._visitor.enter(model, name, counted=self.counted)
             if refusal is not None:
                 self.fail(refusal)
@@ -248,9 +259,19 @@ class InferenceExchange(WaitingExchange):
                 return
         self._spawn(again=False)
 
+    def _comment(self, text: str) -> None:
+        """What the request waits for names other models."""
+        super()._comment("the model is not ready yet" if self._visitor is not None and self._visitor.confined else text)
+
     def resume(self, *, chunked: bool) -> None:
         self.started = self._events = True
         self.status, self._chunked = 200, chunked
+
+    def judge_again(self, *, required: bool) -> None:
+        if self._model is not None and not self.over:  # else it is judged when it is known what it asks for
+            error = objection(self._visitor, self._model, self._name, required=required)
+            if error is not None:
+                self.fail(error)
 
     def unsent(self) -> bytes | None:
         waiting = self.upstream is None and (self._place is None or self._place.waiting)
@@ -346,7 +367,8 @@ class InferenceExchange(WaitingExchange):
         """Remember whose the answer is: clients ask for it by its id."""
         answer = finder.feed(piece)
         if answer is not None and self._model is not None:
-            self._shared.gate.kept().add(answer, self._model.name)
+            owner = "" if self._visitor is None else self._visitor.owner
+            self._shared.gate.kept().add(answer, with_owner(self._model.name, owner))
         if finder.over:
             self._finder = None
 
@@ -361,6 +383,8 @@ class InferenceExchange(WaitingExchange):
 
     def fail(self, error: ApiError) -> None:
         """As an event where the stream allows it, so that it ends as a stream should."""
+        if self._visitor is not None:
+            error = self._visitor.veil(error)
         if not (self.started and self._events) or self.over:
             super().fail(error)
             return

@@ -1,11 +1,21 @@
-"""Answers that engines keep (/v1/responses), and whose they are: clients ask for them by nothing but their id."""
+"""Answers that engines keep (/v1/responses), and whose they are: clients ask for them by nothing but their id.
+
+What is known of one is a text, `MODEL`, or `MODEL\\nOWNER` if it was made with an API key: so it is kept, handed over and sent
+between processes as it was when there were no owners. Names of models have no line feed.
+"""
 
 import asyncio
+import json
 import re
 from collections.abc import Callable, Iterable
 from typing import Final
+from urllib.parse import unquote_to_bytes
 
-__all__ = ["KEPT_MAX", "IdFinder", "KeptAnswers"]
+import msgspec
+
+from mmd.gateway.relay.fields import decode_referring
+
+__all__ = ["KEPT_MAX", "IdFinder", "KeptAnswers", "names_answers", "referred_to", "with_owner"]
 
 # The oldest are forgotten first; so many are half a MiB.
 KEPT_MAX: Final = 4096
@@ -17,6 +27,43 @@ _ON_ITS_WAY_S: Final = 0.5
 # As OpenAI and vLLM make them, at the beginning of an answer to /v1/responses, or of its first event.
 _ID: Final = re.compile(rb'"id"\s*:\s*"(resp_[^"\\/?]{1,120})"')
 _WITHIN_BYTES: Final = 16 << 10
+
+_MADE_AT: Final = b"/v1/responses"
+# Programs may read a path more leniently than we do.
+_REFERRED: Final = re.compile(rb"/v1/+responses/+(?!input_tokens(?:/|$))([^/]+)")
+_OWNER: Final = "\n"
+
+
+def with_owner(model: str, owner: str) -> str:
+    """What is kept of an answer of `model` that the key with the id `owner` made; "" for none."""
+    return f"{model}{_OWNER}{owner}" if owner else model
+
+
+def names_answers(target: bytes) -> bool:
+    """Whether a request for `target` may make answers or refer to some."""
+    return b"responses" in target or b"%" in target
+
+
+def referred_to(method: bytes, target: bytes, body: bytes) -> list[str]:
+    """The ids of the answers that a request refers to, wherever an engine may look for them."""
+    path = unquote_to_bytes(target.partition(b"?")[0])
+    found = [each.decode("utf-8", "replace") for each in _REFERRED.findall(path)]
+    if method == b"POST" and path.rstrip(b"/").endswith(_MADE_AT):
+        before = _previous(body)
+        found += [before] if isinstance(before, str) and before else []
+    return found
+
+
+def _previous(body: bytes) -> object:
+    try:
+        return decode_referring(body).previous_response_id
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
+        pass
+    try:
+        document = json.loads(body)
+    except (ValueError, RecursionError):
+        return None
+    return document.get("previous_response_id") if isinstance(document, dict) else None
 
 
 class IdFinder:
@@ -58,8 +105,16 @@ class KeptAnswers:
 
     def find(self, answer: str) -> str | None:
         """The name of its model."""
-        model = self._models.get(answer)
-        return model if model is not None and self._present(model) else None
+        known = self._models.get(answer)
+        if known is None:
+            return None
+        model = known.partition(_OWNER)[0]
+        return model if self._present(model) else None
+
+    def owner(self, answer: str) -> str | None:
+        """The id of the key that made it, "" if none did; None: there is no such answer."""
+        known = self._models.get(answer)
+        return None if known is None else known.partition(_OWNER)[2]
 
     def all(self) -> list[tuple[str, str]]:
         """The ids and their models, the oldest first."""

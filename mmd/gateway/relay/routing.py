@@ -40,6 +40,7 @@ _RESPONSES: Final = b"/v1/responses/"
 _ANSWER: Final = re.compile(rb"/v1/responses/[A-Za-z0-9_-]+(?:/([a-z_]+))?")
 _ACTIONS: Final[dict[str, frozenset[bytes]]] = {"": _GET | {b"DELETE"}, "cancel": _POST, "input_items": _GET}
 """What may be done with an answer that an engine keeps: what follows its id, and by which methods."""
+_LEARNED_MAX: Final = 64
 _TRUE: Final = frozenset((b"true", b"1", b"yes", b"on", b"t", b"y"))
 """In forms, as pydantic reads them."""
 
@@ -123,6 +124,8 @@ class ByBody(Route):
         self._config: Config | None = None
         self._as_it_is: dict[str, Model] = {}
         """In that configuration: models whose documents pass as they are, by the names that they may have in these."""
+        self._learned: dict[int, tuple[Config, dict[str, Model]]] = {}
+        """The same of some configurations, by identity: keys that are confined have views of their own, and take turns."""
 
     def aim(self, request: RequestHead, body: bytes, config: Config, kept: KeptAnswers) -> Aim:
         found = find_names(body)
@@ -140,7 +143,14 @@ class ByBody(Route):
         return find_names(body).model
 
     def _learn(self, config: Config) -> None:
+        known = self._learned.get(id(config))
+        if known is not None and known[0] is config:
+            self._config, self._as_it_is = known
+            return
         self._config, self._as_it_is = config, {}
+        if len(self._learned) >= _LEARNED_MAX:
+            self._learned.clear()
+        self._learned[id(config)] = config, self._as_it_is
         for model in config.models.values():
             if not (model.filters.strip or model.filters.set):
                 names = (model.name, *model.lora)

@@ -8,13 +8,22 @@ from mmd.gateway.api_error import ApiError
 from mmd.keys import Key, KeyScope, Rate
 
 if TYPE_CHECKING:
-    from mmd.config import Model
+    from mmd.config import Config, Model
 
-__all__ = ["NO_KEY", "TWO_KEYS", "UNKNOWN_KEY", "Visitor"]
+__all__ = ["NO_KEY", "TWO_KEYS", "UNKNOWN_KEY", "Visitor", "objection"]
 
 NO_KEY: Final = "no API key came with the request: send Authorization: Bearer KEY, or x-api-key: KEY"
 UNKNOWN_KEY: Final = "the API key is not known here; an administrator makes keys (mmdctl keys add NAME)"
 TWO_KEYS: Final = "two different API keys came with the request: send one, as Authorization: Bearer KEY or as x-api-key: KEY"
+
+# What the scheduler says of waiting and of room names the models that are in the way.
+_OF_OTHERS: Final = {
+    "queue_full": "too many requests wait for models",
+    "never_fits": "the model does not fit into the memory that there is for it",
+    "backing_off": "the model has failed to start, and is left alone for a while",
+    "gpus_unreadable": "the GPUs cannot be read at present",
+    "waited_too_long": "the model was not ready in time",
+}
 
 # When a request of a key that has as many under way as it may is worth trying again: nobody knows when one of them ends.
 _AGAIN_S: Final = 1.0
@@ -33,6 +42,8 @@ class Visitor:
         self._rate: Rate | None = None
         self._judged: dict[str, tuple[Model, bool]] = {}
         """Whether it may use a model, by each name that it was asked for by."""
+        self._view: tuple[Config, Config] | None = None
+        """A configuration, and what of it its key lets it see."""
         self.renew(key)
 
     def renew(self, key: Key | None) -> None:
@@ -42,6 +53,7 @@ class Visitor:
         if limit is None or self._rate is None or self._rate.limit != limit:
             self._rate = None if limit is None else Rate(limit)
         self._judged.clear()
+        self._view = None
 
     def revoke(self) -> None:
         """The key is none any more, also for a request whose head has come but not yet its body."""
@@ -56,6 +68,11 @@ class Visitor:
     @property
     def admin(self) -> bool:
         return self.key is not None and self.key.scope is KeyScope.ADMIN
+
+    @property
+    def reader(self) -> bool:
+        """Whether its key is good for a look at the admin API."""
+        return self.key is not None and self.key.scope is not KeyScope.USE
 
     @property
     def tried(self) -> bool:
@@ -81,19 +98,49 @@ class Visitor:
     def may_see(self, model: "Model") -> bool:
         return self.may_use(model, model.name)
 
-    def forbidden(self, name: str) -> ApiError:
-        """403, for a model that its key is not good for."""
-        whose = self.key.name if self.key is not None else ""
-        message = f"the API key {whose} is not good for the model {name!r}; GET /v1/models lists those that it is good for"
-        return ApiError(403, message, code="model_not_allowed", param="model")
+    @property
+    def owner(self) -> str:
+        """What tells its key from others, also from a later one of the same name; "" without one."""
+        return "" if self.key is None else f"{self.key.name} {self.key.sha256[:8].hex()}"
+
+    def owns(self, owner: str | None) -> bool:
+        """Whether it may ask for an answer with that owner (KeptAnswers.owner). Those without one are administrators'."""
+        return owner is not None and (owner == self.owner if owner else self.admin)
+
+    @property
+    def confined(self) -> bool:
+        """Whether its key is good for some models only. Of the others it must not learn that there are any."""
+        return self.key is not None and bool(self.key.models)
+
+    def view(self, config: "Config") -> "Config":
+        """The configuration without models that its key is not good for: whoever is confined gets the answers that there would
+        be if they did not exist. Of a model that it may use by the name of an adapter only, `enter` refuses the other names."""
+        if not self.confined:
+            return config
+        if self._view is None or self._view[0] is not config:
+            models = {name: model for name, model in config.models.items() if self._sees(model)}
+            self._view = config, config._replace(models=models)
+        return self._view[1]
+
+    def _sees(self, model: "Model") -> bool:
+        return self.may_see(model) or any(self.may_use(model, adapter) for adapter in model.lora)
+
+    def no_such_model(self) -> ApiError:
+        """404, for a model that its key is not good for, and for one that does not exist: the same to the letter."""
+        message = "there is no model of that name for the API key {}; GET /v1/models lists those that there are"
+        name = "" if self.key is None else self.key.name
+        return ApiError(404, message.format(name), code="model_not_found", param="model")
 
     def enter(self, model: "Model", name: str, *, counted: bool) -> ApiError | None:
         """Begin a request, which ends with `leave`; or why not. `counted`: another gateway has let it in, and it moves on."""
         key = self.key
         if key is None:
             return self.stranger()
+        if key.scope is KeyScope.READ:
+            message = f"the API key {key.name} is for looking only; make one for inference: mmdctl keys add NAME"
+            return ApiError(403, message, code="use_key_needed")
         if not self.may_use(model, name):
-            return self.forbidden(name)
+            return self.no_such_model()
         if not counted:
             most, rate = key.concurrency, self._rate
             if most is not None and self.in_flight + self.elsewhere >= most:
@@ -109,11 +156,21 @@ class Visitor:
         self.in_flight -= 1
 
     def veil(self, error: ApiError) -> ApiError:
-        """The same without names of models that its key is not good for."""
-        if error.code != "model_not_found" or self.key is None or not self.key.models:
+        """As its key may see it: lines of engines' logs are for administrators, and names of other models not for those
+        who are confined to some."""
+        if self.confined and error.code == "model_not_found":
+            return self.no_such_model()
+        if self.key is None or self.admin or not (self.confined or error.tail):
             return error
-        message = "there is no model of that name for the API key {}; GET /v1/models lists those that there are"
-        return ApiError(error.status, message.format(self.key.name), code=error.code, param=error.param)
+        words = _OF_OTHERS.get(error.code, "") if self.confined else ""
+        return ApiError(
+            error.status,
+            words or error.message,
+            code=error.code,
+            param=error.param,
+            retry_after_s=error.retry_after_s,
+            fields=error.fields,
+        )
 
     # What moves from one gateway to the next.
 
@@ -125,6 +182,15 @@ class Visitor:
     def resume(self, full_at_s: float) -> None:
         if self._rate is not None:
             self._rate.full_at_s = max(self._rate.full_at_s, full_at_s)
+
+
+def objection(visitor: Visitor | None, model: "Model", name: str, *, required: bool) -> ApiError | None:
+    """Why a request that was let in may not go on by the keys in force now, of which clients need one if `required`."""
+    if visitor is None:
+        return ApiError(401, NO_KEY, code="invalid_api_key") if required else None
+    if visitor.key is None:
+        return visitor.stranger()
+    return None if visitor.may_use(model, name) else visitor.no_such_model()
 
 
 def _too_many(message: str, wait_s: float) -> ApiError:
