@@ -1,14 +1,17 @@
 """The table of settings of a model, see mmd.settings."""
 
-from mmd import config, kinds
+from mmd import config, kinds, variables
 from mmd.amounts import AMOUNT
 from mmd.config import EngineKind
 from mmd.setting import Entry, Section, Setting, by_key
 from mmd.sizes import BYTES_PER_WEIGHT
 
-__all__ = ["DEFAULTS", "MODEL", "PROFILE"]
+__all__ = ["ADMINISTRATORS_ONLY", "DEFAULTS", "MODEL", "PROFILE"]
 
 _ALL = frozenset(EngineKind)
+ADMINISTRATORS_ONLY = frozenset({"secrets"})
+"""Keys that only a file says which root writes: whoever may add models by the gateway must not choose whose files one reads."""
+
 _STARTED = _ALL - {EngineKind.EXTERNAL}
 _SLEEPING = frozenset({EngineKind.VLLM, EngineKind.SIM})
 _COMMAND = frozenset({EngineKind.COMMAND})
@@ -135,9 +138,17 @@ MODEL = Section(
         Setting("args", kinds.listing(kinds.WORD), "[]", "More arguments for the engine.", engines=_STARTED),
         Setting(
             "env",
-            kinds.mapping(kinds.VARIABLE_NAME, kinds.WORD),
+            variables.ENVIRONMENT,
             "{}",
-            "Environment variables for the engine.",
+            "Environment variables for the engine. Every user of the machine can read them: see secrets.",
+            engines=_STARTED,
+        ),
+        Setting(
+            "secrets",
+            variables.SECRETS,
+            "{}",
+            "Environment variables for the engine whose values nobody else can read: a file for each, which holds the value "
+            "and may be readable by root alone. Not in defaults, profiles, or models added by the gateway.",
             engines=_STARTED,
         ),
         Setting(
@@ -267,8 +278,11 @@ def _without(*keys: str) -> dict[str, Entry]:
 
 
 DEFAULTS = MODEL._replace(
-    key="defaults", entries=_without("id", "aliases", "port", "port_protocol"), doc="Model keys that come under every model."
+    key="defaults",
+    entries=_without("id", "aliases", "port", "port_protocol", *ADMINISTRATORS_ONLY),
+    doc="Model keys that come under every model.",
 )
-"""A key that does not apply to a model's engine is skipped for that model."""
+"""A key that does not apply to a model's engine is skipped for that model. Secrets are not among them, nor in profiles: whoever
+may add a model that runs any program would get them."""
 
-PROFILE = MODEL._replace(key="profile", entries=_without("id", "aliases", "profile", "port"))
+PROFILE = MODEL._replace(key="profile", entries=_without("id", "aliases", "profile", "port", *ADMINISTRATORS_ONLY))

@@ -19,6 +19,7 @@ from mmd.check import nearest
 from mmd.config import Model
 from mmd.errors import MmdError
 from mmd.load import Loaded, load_files, read_files
+from mmd.model_settings import ADMINISTRATORS_ONLY
 from mmd.names import is_unit_id, slug
 from mmd.problem import Problem
 from mmd.scope import Scope
@@ -104,6 +105,7 @@ def plan(scope: Scope, models: Mapping[str, Any], *, replace: bool = False) -> R
     book = _Book(files)
     drafts: dict[Path, tuple[str, str]] = {}
     for name, settings in models.items():
+        _check_rights(name, settings)
         file = _place(scope, book, name, settings, replace=replace)
         if file in drafts:
             message = f"{drafts[file][0]!r} and {name!r} have the same unit id, {file.stem}"
@@ -115,6 +117,14 @@ def plan(scope: Scope, models: Mapping[str, Any], *, replace: bool = False) -> R
     loaded = load_files([(file, whole[file]) for file in (main, *drop_ins)], scope=scope, problems=problems)
     _examine(loaded, scope, texts, before=load_files(files, scope=scope, problems=problems).problems)
     return Registered(texts, {name: revision(loaded.config.models[name]) for name in models})
+
+
+def _check_rights(name: str, settings: object) -> None:
+    """RegistryError when it says what only root may."""
+    said = sorted(ADMINISTRATORS_ONLY.intersection(settings)) if isinstance(settings, Mapping) else []
+    if said:
+        key = f"models.{name}.{said[0]}"
+        raise RegistryError(Fault.INVALID, f"{key}: only root may set it", hint="in /etc/mmd/mmd.yaml", key=key)
 
 
 def _folder(scope: Scope) -> Path:

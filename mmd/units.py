@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 from mmd.addresses import parse_address
 from mmd.config import Config, EngineKind, Gpus, Listen, Model, Provider
+from mmd.credentials import credential_lines, secret_options
 from mmd.engines import engine
 from mmd.engines.base import CommandContext
 from mmd.errors import MmdError
@@ -270,6 +271,7 @@ class _ModelUnit(NamedTuple):
             "NotifyAccess=main",
             f"ExecStart={command_line(words, specified=context.socket)}",
             *self._environment(context),
+            *self._secrets(),
             *self._process(),
             *self._directories(),
             _SUPERVISION,
@@ -299,6 +301,7 @@ class _ModelUnit(NamedTuple):
         for option, words in (("--health-command", health.command), ("--stop-command", model.stop_command)):
             for word in words:
                 yield from (option, _expand(word, macros))
+        yield from secret_options(model.secrets)
         vram = sized(model).vram_bytes
         if vram is not None and model.gpu_count:
             yield from ("--vram", str(vram))
@@ -323,6 +326,9 @@ class _ModelUnit(NamedTuple):
         variables |= engine(model.engine).environment(model, context)
         variables |= model.env
         return (f"Environment={assignment(name, value, specified=context.socket)}" for name, value in variables.items())
+
+    def _secrets(self) -> Iterator[str]:
+        return credential_lines(self.model.secrets)
 
     def _process(self) -> Iterator[str]:
         model = self.model
