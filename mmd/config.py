@@ -234,6 +234,8 @@ class Model(NamedTuple):
     venv: Path | None = None
     args: tuple[str, ...] = ()
     env: Mapping[str, str] = MappingProxyType({})
+    secrets: Mapping[str, Path] = MappingProxyType({})
+    """Files that hold the values of variables."""
     gpus: int | tuple[int | str, ...] = 1
     """A count (the scheduler chooses) or explicit indexes or UUIDs; 0 means CPU."""
     vram_bytes: int | None = None

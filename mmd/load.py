@@ -21,6 +21,7 @@ from mmd.model_settings import DEFAULTS, MODEL, PROFILE
 from mmd.problem import Problem
 from mmd.rules import NamesTaken, applicable, check_gateway, check_gpus, check_model, check_resources, misplaced
 from mmd.scope import Scope
+from mmd.secrecy import looks_secret
 from mmd.setting import Section
 from mmd.settings import TOP
 from mmd.similar import nearest
@@ -166,13 +167,17 @@ class _Loader:
         return Loaded(config, tuple(problems), tuple(self._exposed_for_good), tuple(self._exposed))
 
     def _look_for_exposures(self) -> None:
-        """What other machines reach."""
+        """What other machines reach, and what all users here can read."""
         for exposure in gateway_exposures(self._top["gateway"]):
             if self._main is not None:
                 self._note(exposure, self._problem(self._main, *exposure.complaint))
         for model in self._models.values():
             if (exposure_of_port := port_exposure(model)) is not None:
                 self._note(exposure_of_port, self._problem_of(self._drafts[model.name], *exposure_of_port.complaint))
+            for name in filter(looks_secret, model.env):
+                hint = f"put the value into a file of root's, and write secrets: {{{name}: /etc/mmd/secrets/{name.lower()}}}"
+                warning = self._problem_of(self._drafts[model.name], ("env", name), "every user here can read it", hint)
+                self._exposed_for_good.append(warning)
 
     def _note(self, exposure: Exposure, problem: Problem) -> None:
         (self._exposed if exposure.closed_by_keys else self._exposed_for_good).append(problem)

@@ -1,6 +1,6 @@
 """The table of settings of a model, see mmd.settings."""
 
-from mmd import config, kinds
+from mmd import config, kinds, variables
 from mmd.amounts import AMOUNT
 from mmd.config import EngineKind
 from mmd.setting import Entry, Section, Setting, by_key
@@ -9,7 +9,8 @@ from mmd.sizes import BYTES_PER_WEIGHT
 __all__ = ["DEFAULTS", "MODEL", "PROFILE", "ROOT_ONLY"]
 
 ROOT_ONLY = frozenset({"secrets", "user"})
-"""Model settings that only root may choose, in mmd.yaml or models.d: the registrar refuses them (mmd.registry)."""
+"""Model settings that only root may choose, for each model in mmd.yaml or models.d: the registrar refuses them (mmd.registry),
+and neither defaults nor profiles hold them, since a model that was added by the gateway may name a profile."""
 
 _ALL = frozenset(EngineKind)
 _STARTED = _ALL - {EngineKind.EXTERNAL}
@@ -138,9 +139,17 @@ MODEL = Section(
         Setting("args", kinds.listing(kinds.WORD), "[]", "More arguments for the engine.", engines=_STARTED),
         Setting(
             "env",
-            kinds.mapping(kinds.VARIABLE_NAME, kinds.WORD),
+            variables.ENVIRONMENT,
             "{}",
-            "Environment variables for the engine.",
+            "Environment variables for the engine. Every user of the machine can read them: see secrets.",
+            engines=_STARTED,
+        ),
+        Setting(
+            "secrets",
+            variables.SECRETS,
+            "{}",
+            "Environment variables for the engine whose values nobody else can read: a file for each, which holds the value "
+            "and may be readable by root alone. Not in defaults, profiles, or models added by the gateway.",
             engines=_STARTED,
         ),
         Setting(
@@ -277,8 +286,11 @@ def _without(*keys: str) -> dict[str, Entry]:
 
 
 DEFAULTS = MODEL._replace(
-    key="defaults", entries=_without("id", "aliases", "port", "port_protocol"), doc="Model keys that come under every model."
+    key="defaults",
+    entries=_without("id", "aliases", "port", "port_protocol", *ROOT_ONLY),
+    doc="Model keys that come under every model.",
 )
-"""A key that does not apply to a model's engine is skipped for that model."""
+"""A key that does not apply to a model's engine is skipped for that model. Secrets are not among them, nor in profiles: whoever
+may add a model that runs any program would get them."""
 
-PROFILE = MODEL._replace(key="profile", entries=_without("id", "aliases", "profile", "port"))
+PROFILE = MODEL._replace(key="profile", entries=_without("id", "aliases", "profile", "port", *ROOT_ONLY))

@@ -76,6 +76,9 @@ def check_model(model: Model, *, scope: Scope, resources: Resources) -> Iterator
         yield ("gpus",), "names a GPU twice", ""
     yield from _check_replicas(model)
     yield from _check_port(model, scope)
+    for name in model.secrets:
+        if name in model.env:
+            yield ("secrets", name), "is in env too", "remove it there"
     for name in model.resources:
         if name not in resources.names:
             match = nearest(name, resources.names)

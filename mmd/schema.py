@@ -57,8 +57,19 @@ def _problem(document: Document, error: "ValidationError") -> Problem:
     if error.validator == "additionalProperties" and isinstance(error.instance, dict):
         known = error.schema.get("properties", {}) if isinstance(error.schema, dict) else {}
         path = (*path, next((key for key in error.instance if key not in known), ""))
-    message = error.message if len(error.message) < 200 else f"{error.message[:200]}..."
+    if _may_hold_secrets(path, error):
+        path = tuple(str(part).partition("=")[0] for part in path)  # {HF_TOKEN=hf_abc} is a key
+        message = "is not what the schema says of it"
+    else:
+        message = error.message if len(error.message) < 200 else f"{error.message[:200]}..."
     return Problem(document.file, document.line(path), ".".join(map(str, path)), message)
+
+
+def _may_hold_secrets(path: tuple[str | int, ...], error: "ValidationError") -> bool:
+    """Whether jsonschema's message, which begins with the value, may show variables of a model."""
+    return not {"env", "secrets"}.isdisjoint(path) or (
+        error.validator != "additionalProperties" and isinstance(error.instance, dict | list)
+    )
 
 
 def _models() -> dict[str, Any]:

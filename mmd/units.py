@@ -11,6 +11,7 @@ from types import MappingProxyType
 from typing import NamedTuple
 
 from mmd.config import Config, EngineKind, Gpus, Listen, Model, Provider
+from mmd.credentials import credential_lines, secret_options
 from mmd.engines import engine
 from mmd.engines.base import CommandContext
 from mmd.errors import MmdError
@@ -222,6 +223,7 @@ class _ModelUnit(NamedTuple):
         yield from _START
         yield "ExecStart", command_line(words, specified=context.socket, setting="its command")
         yield from self._environment(context)
+        yield from credential_lines(self.model.secrets)
         yield from self._process()
         yield from self._directories()
         yield from _SUPERVISION
@@ -250,6 +252,7 @@ class _ModelUnit(NamedTuple):
         for option, words in (("--health-command", health.command), ("--stop-command", model.stop_command)):
             for word in words:
                 yield from (option, _expand(word, macros))
+        yield from secret_options(model.secrets)
         vram = sized(model).vram_bytes
         if vram is not None and model.gpu_count:
             yield from ("--vram", str(vram))

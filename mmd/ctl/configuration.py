@@ -16,6 +16,7 @@ from mmd.load import Loaded, load, load_files, read_bounded
 from mmd.problem import Problem
 from mmd.schema import validate
 from mmd.scope import Scope
+from mmd.secrecy import hide_secrets
 from mmd.units import render_units
 from mmd.yamlfile import parse
 
@@ -60,9 +61,11 @@ def _keys_asked_for(scope: Scope) -> bool | None:
 
 
 def config(context: Context, *, as_json: bool) -> Exit:
-    """Prints the configuration in effect, and on standard error what is left out because it is wrong."""
+    """Prints the configuration in effect, without values of `env` that look secret, and on standard error what is left out
+    because it is wrong."""
     loaded = read(context.scope)
-    text = render(loaded.config)
+    models = {name: model._replace(env=hide_secrets(model.env)) for name, model in loaded.config.models.items()}
+    text = render(loaded.config._replace(models=models))
     print(json.dumps(parse(text, context.scope.config_file).value, indent=2) if as_json else text.rstrip("\n"))
     if loaded.problems:
         print("\n".join(map(str, loaded.problems)), file=sys.stderr)

@@ -19,8 +19,17 @@ from mmd.runner.process import signal_group, spawn
 
 __all__ = ["choose_port", "engine_environment", "expand", "macros", "visible_devices", "write_report"]
 
-_OURS = ("NOTIFY_SOCKET", "WATCHDOG_USEC", "WATCHDOG_PID", "LISTEN_FDS", "LISTEN_PID", "LISTEN_FDNAMES")
-"""Between systemd and the runner only (sd_notify(3), sd_listen_fds(3)): an engine that used them would speak for the runner."""
+_OURS = (
+    "NOTIFY_SOCKET",
+    "WATCHDOG_USEC",
+    "WATCHDOG_PID",
+    "LISTEN_FDS",
+    "LISTEN_PID",
+    "LISTEN_FDNAMES",
+    "CREDENTIALS_DIRECTORY",
+)
+"""Between systemd and the runner only (sd_notify(3), sd_listen_fds(3), systemd.exec(5)): an engine that used them would
+speak for the runner."""
 
 _PROBE_TIMEOUT_S = 15.0
 """The first process that opens the driver may have to initialise it, some seconds for each GPU."""

@@ -36,6 +36,8 @@ class Options:
     vram_bytes: int | None
     gpu_memory_bytes: Mapping[int, int]
     warm_up: bool
+    secrets: Mapping[str, Path]
+    """By the name of a variable, and of a credential, the file that it comes from."""
 
     @property
     def socket(self) -> Path:
@@ -49,7 +51,7 @@ class Options:
 
 _VALUES = (
     *("--model", "--engine", "--gpus", "--definition", "--directory", "--listen", "--health-path", "--health-interval"),
-    *("--health-timeout", "--health-command", "--stop-command", "--vram", "--gpu-memory"),
+    *("--health-timeout", "--health-command", "--stop-command", "--vram", "--gpu-memory", "--secret"),
 )
 _REQUIRED = ("--model", "--engine", "--gpus", "--definition", "--directory")
 
@@ -80,6 +82,7 @@ def parse(argv: Sequence[str]) -> Options:
         vram_bytes=_value("--vram", given, int, 0) or None,
         gpu_memory_bytes=dict(_index_and_bytes(item) for item in given.get("--gpu-memory", ())),
         warm_up=warm_up,
+        secrets=dict(_name_and_file(item) for item in given.get("--secret", ())),
     )
 
 
@@ -127,3 +130,10 @@ def _index_and_bytes(text: str) -> tuple[int, int]:
     if not (index.isdecimal() and size.isdecimal()):
         raise MmdError(f"--gpu-memory: {text!r} is not INDEX=BYTES")
     return int(index), int(size)
+
+
+def _name_and_file(item: str) -> tuple[str, Path]:
+    name, _, file = item.partition("=")
+    if not (name and "/" not in name and file.startswith("/")):
+        raise MmdError("--secret: a value is not NAME=/FILE")
+    return name, Path(file)

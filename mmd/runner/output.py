@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 
 from mmd.engines.base import ProgressPattern
 from mmd.printable import printable
+from mmd.runner.secrets import Mask
 
 __all__ = ["EngineLog"]
 
@@ -42,6 +43,8 @@ class EngineLog:
         self._patterns = patterns
         self._out_of_memory = out_of_memory
         self._pass_on = pass_on
+        self.mask = Mask()
+        """Applied before anything is kept, passed on or understood."""
         self._rest = b""
         self._status_passed_on = ""
         self._shapes: set[int] = set()
@@ -75,10 +78,9 @@ class EngineLog:
             start = end.end()
         self._rest = data[start:]
         if len(self._rest) > _LINE_MAX_BYTES:
-            self._line(self._rest, is_update=False)
-            self._rest = b""
+            self._line(self._cut(), is_update=False)
         elif b"%" in self._rest:
-            self._understand(_text(self._rest))
+            self._understand(_text(self.mask.hide(self._rest)))
 
     def close(self) -> None:
         """The output has ended: the last line needs no line end."""
@@ -86,8 +88,15 @@ class EngineLog:
         self._rest = b""
         self.closed = True
 
+    def _cut(self) -> bytes:
+        """Takes a piece from a line without end. What may be the beginning of a secret stays: neither half would be known."""
+        whole = self.mask.hide(self._rest)
+        end = max(0, len(whole) - max(0, self.mask.longest_bytes - 1))
+        piece, self._rest = whole[:end], whole[end:]
+        return piece
+
     def _line(self, raw: bytes, *, is_update: bool) -> None:
-        raw = raw.rstrip(b"\r")
+        raw = self.mask.hide(raw.rstrip(b"\r"))
         if not raw.strip():
             return
         line = _text(raw)

@@ -34,6 +34,7 @@ from mmd.runner.loop import Loop
 from mmd.runner.options import Options
 from mmd.runner.output import EngineLog
 from mmd.runner.process import become_subreaper, describe_exit, kill_family, reap, signal_group, spawn
+from mmd.runner.secrets import Mask, read_secrets
 from mmd.systemd.notify import Notifier, watchdog_interval_s
 
 __all__ = ["Supervisor"]
@@ -117,7 +118,9 @@ class Supervisor:
         options.socket.unlink(missing_ok=True)  # vLLM leaves it behind and then fails to bind it (EADDRINUSE)
         self._port = choose_port(options.port) if options.listen_tcp else None
         devices = visible_devices(options.placement)
-        self._environment = engine_environment(self._environment, devices)
+        secrets = read_secrets(options, self._environment)
+        self._log.mask = Mask(secrets.values())
+        self._environment = engine_environment({**self._environment, **secrets}, devices)
         self._macros = macros(options, devices, self._port, options.command)
         self._report()
         # Only these three: the unit generator has expanded the others, and what looks like them now is the user's.
@@ -340,6 +343,7 @@ class Supervisor:
             self._drain_output()
         if reason == FailureReason.EXITED and self._log.ran_out_of_memory:
             reason, message = FailureReason.OUT_OF_MEMORY, f"{message}: it ran out of GPU memory"
+        message = self._log.mask.hide_text(message)
         self._report(ready=False, failure=reason, message=message)
         self._say(message)
         _complain(message)

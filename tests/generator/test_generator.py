@@ -173,7 +173,8 @@ def test_the_fingerprint_follows_what_runs() -> None:
 
 _OTHER: dict[str, Any] = {
     "name": "b", "id": "b", "engine": EngineKind.COMMAND, "aliases": ("x",), "profile": "p", "model": "/m", "venv": Path("/v"),
-    "args": ("--x",), "env": {"A": "b"}, "gpus": 1, "vram_bytes": 1 << 30, "params": 7e9, "precision": "fp8", "ram_bytes": 5,
+    "args": ("--x",), "env": {"A": "b"}, "secrets": {"A": Path("/x")}, "gpus": 1,
+    "vram_bytes": 1 << 30, "params": 7e9, "precision": "fp8", "ram_bytes": 5,
     "resources": {"r": 1.0}, "sleep_level": 0, "idle": Idle(5.0), "replicas": Replicas(1, 2),
     "wake_on_request": False, "pin": True, "preload": True,
     "priority": 3, "concurrency": 4, "queue_limit": 3,

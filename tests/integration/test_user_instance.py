@@ -11,7 +11,7 @@ gateway: {listen: ["127.0.0.1:9000"], admin_listen: []}
 gpus: {provider: sim, devices: [{memory: 24GiB}]}
 policy: {min_residency: 0s}
 models:
-  mine: {engine: sim, vram: 14GiB, sim: {load_time: 200ms, tokens_per_second: 500}}
+  mine: {engine: sim, vram: 14GiB, secrets: {MY_TOKEN: /home/alice/token}, sim: {load_time: 200ms, tokens_per_second: 500}}
   also: {engine: sim, vram: 14GiB, sim: {load_time: 200ms, tokens_per_second: 500}}
 """
 
@@ -37,7 +37,8 @@ class _User:
 def alice(installed: Installation) -> _User:
     user = _User(installed)
     installed.write("/home/alice/.config/mmd/mmd.yaml", _MODELS)
-    installed.run("chown", "-R", "alice:", "/home/alice/.config")
+    installed.write("/home/alice/token", "the-token-of-alice\n", 0o600)
+    installed.run("chown", "-R", "alice:", "/home/alice/.config", "/home/alice/token")
     user.run("systemctl", "--user", "daemon-reload")
     user.run("systemctl", "--user", "start", "mmd-gateway.socket", "mmd-admin.socket")
     return user
@@ -55,6 +56,16 @@ def test_a_chat_request_starts_a_model_of_the_user(alice: _User) -> None:
     assert alice.run("systemctl", "--user", "is-active", "mmd-model-mine@0.service").stdout.strip() == "active"
     owner = alice.run("ps", "-o", "user=", "-C", "mmd-runner").stdout.split()
     assert owner == ["alice"]
+
+
+def test_a_secret_comes_from_a_file_of_the_user(alice: _User) -> None:
+    runner = alice.run(
+        "systemctl", "--user", "show", "--property=MainPID", "--value", "mmd-model-mine@0.service"
+    ).stdout.strip()
+    children = alice.machine.read(f"/proc/{runner}/task/{runner}/children").split()
+    environments = [alice.machine.read(f"/proc/{pid}/environ") for pid in (runner, *children)]
+    assert ["MY_TOKEN=the-token-of-alice" in each for each in environments] == [False, True]
+    assert "the-token-of-alice" not in alice.run("systemctl", "--user", "show", "mmd-model-mine@0.service").stdout
 
 
 def test_another_one_evicts_it_and_both_go_on(alice: _User) -> None:

@@ -47,6 +47,7 @@ VALID: dict[str, Any] = {
         "b": {"engine": "command", "command": ["x"], "listen": "tcp:80", "health": {"path": "/h", "interval": "50ms"}},
         "c": {"engine": "external", "endpoint": "http://x"},
         "d": {"sim": {"tokens_per_second": 0.5}, "sleep": {"level": 2}, "limits": {"cpu_weight": 100}, "venv": "/opt/x"},
+        "s": {"engine": "sim", "gpus": 0, "env": {"A_KEY": "b"}, "secrets": {"T": "/x/y"}},
         "e": {"resources": {"license": 1, "disk": "1MiB"}},
         "f": None,
     },

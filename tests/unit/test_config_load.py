@@ -247,6 +247,16 @@ def test_what_other_machines_reach(address: str, exposed: int) -> None:
     assert loaded.warnings_where(keys_asked_for=True) == ()
 
 
+def test_what_looks_secret_in_env_is_warned_of() -> None:
+    loaded = load_text(
+        "defaults: {env: {A: x}}\nmodels:\n  m:\n    engine: sim\n    gpus: 0\n    env:\n      HF_TOKEN: abc\n", file=FILE
+    )
+    (warning,) = loaded.warnings_where(keys_asked_for=True)
+    assert (warning.line, warning.key) == (7, "models.m.env.HF_TOKEN")
+    assert "secrets: {HF_TOKEN: /" in warning.hint
+    assert "abc" not in str(warning)
+
+
 def test_an_open_admin_api_is_for_loopback() -> None:
     loaded = load_text("gateway:\n  admin_listen: ['127.0.0.1:1', '[::]:2']\n  admin_auth: open\n", file=FILE)
     (problem,) = loaded.problems

@@ -170,6 +170,21 @@ def test_config_prints_what_is_merged(machine: Machine) -> None:
     assert "demo/bad" in partly.stderr
 
 
+def test_what_looks_secret_is_not_printed(machine: Machine) -> None:
+    with (machine.config_dir / "mmd.yaml").open("a") as file:
+        file.write("  demo/a: {engine: sim, vram: 1GiB, env: {MY_TOKEN: abcdefgh, OTHER: shown}}\n")
+    assert json.loads(machine.run("config", "--json").stdout)["models"]["demo/a"]["env"] == {
+        "MY_TOKEN": "(hidden)",
+        "OTHER": "shown",
+    }
+    with (machine.config_dir / "mmd.yaml").open("a") as file:
+        file.write("  demo/b: {engine: sim, vram: 1GiB, env: {MY_TOKEN: [abcdefgh]}, secrets: {A: abcdefgh}}\n")
+    checked = machine.run("check")
+    assert "models.demo/b.env.MY_TOKEN: must be text or a whole number" in checked.stdout
+    assert "models.demo/b.secrets.A: must be the absolute path" in checked.stdout
+    assert "abcdefgh" not in checked.stdout + checked.stderr
+
+
 def test_reload_refuses_a_wrong_configuration_and_changes_nothing(machine: Machine) -> None:
     (machine.config_dir / "mmd.yaml").write_text("gatway: {}\n")
     result = machine.run("reload")

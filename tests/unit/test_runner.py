@@ -389,6 +389,27 @@ def test_what_the_engine_sees(start: Start) -> None:
     ]
 
 
+def test_secrets_reach_the_engine_and_no_text(start: Start, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "T").write_text("hf_abcdefgh\n")
+    monkeypatch.setenv("CREDENTIALS_DIRECTORY", str(tmp_path))
+    said = "print(os.environ['T'], len(os.environ['T']), 'CREDENTIALS_DIRECTORY' in os.environ)"
+    unit = start(python(f"import os; {said}; raise SystemExit(3)"), "--secret", "T=/etc/t")
+    assert unit.wait() == 69
+    assert unit.report.tail == ("*** 11 False",)
+    assert unit.log.startswith("*** 11 False\n")
+    assert "hf_abcdefgh" not in unit.log + unit.report.to_json() + "".join(unit.receive())
+
+
+def test_without_its_secret_an_engine_is_not_started(start: Start, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "T").write_text("\n")  # the default that the unit has for a missing file
+    monkeypatch.setenv("CREDENTIALS_DIRECTORY", str(tmp_path))
+    unit = start(python("print('started')"), "--secret", "T=/etc/t")
+    assert unit.wait() == 69
+    assert unit.report.failure == FailureReason.EXITED
+    assert "models.org/m.secrets.T: /etc/t is missing or empty" in unit.report.message
+    assert "started" not in unit.log
+
+
 def test_a_program_that_is_missing(start: Start) -> None:
     unit = start(["/nowhere/vllm"])
     assert unit.wait() == 69

@@ -24,6 +24,7 @@ from mmd.gateway.api_error import ApiError
 from mmd.gateway.channel import in_memory
 from mmd.gateway.dispatcher import Dispatcher
 from mmd.scope import Scope, ScopeKind
+from mmd.secrecy import HIDDEN
 from mmd.yamlfile import parse
 
 __all__ = ["ConfigurationRoutes"]
@@ -34,7 +35,6 @@ _CHECKS_MAX: Final = 2
 _CHECK_BYTES: Final = 512 << 20
 """Address space of a check, several times what the largest configuration takes (mmd.yamlfile)."""
 _YAML: Final = ("application/yaml", "text/plain", "application/json")
-_HIDDEN: Final = "(hidden)"
 
 Reload = Callable[[], Awaitable[dict[str, list[str]]]]
 
@@ -54,7 +54,10 @@ class ConfigurationRoutes:
                 "/api/v1/config",
                 self.config,
                 "The configuration in effect",
-                ApiResponse("As mmd.yaml(5), defaults and profiles merged in; values of `env` are hidden.", dict[str, Any]),
+                ApiResponse(
+                    "As mmd.yaml(5), defaults and profiles merged in; values of `env` are hidden, `secrets` are files.",
+                    dict[str, Any],
+                ),
                 private=True,
             ),
             Route(
@@ -80,7 +83,7 @@ class ConfigurationRoutes:
         shown = parse(render(self._dispatcher.config), self._scope.config_file).value
         for model in shown["models"].values():
             if "env" in model:
-                model["env"] = dict.fromkeys(model["env"], _HIDDEN)
+                model["env"] = dict.fromkeys(model["env"], HIDDEN)
         return as_json(shown)
 
     async def reload(self, _: web.Request) -> web.Response:
