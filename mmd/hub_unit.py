@@ -5,7 +5,9 @@ alone may write the cache that all engines read (mmd.hub.fetch). It runs before 
 is there.
 """
 
+from _blake2 import blake2b  # hashlib would load OpenSSL: 5 ms of the generator's 60
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import NamedTuple
 
 from mmd.config import EngineKind, Model
@@ -24,6 +26,11 @@ _PASSED_ON = frozenset(
     + [name for each in ("http_proxy", "https_proxy", "all_proxy", "no_proxy") for name in (each, each.upper())]
 )
 """Of a model's `env` what says how the hub is reached."""
+
+_TOKEN = "HF_TOKEN"  # noqa: S105 - the name of a variable
+
+_WHO_ANSWERS = ("HF_ENDPOINT", "SSL_CERT_DIR", "SSL_CERT_FILE")
+"""Who is believed to be the hub. Members of mmd-admin set `env` too: what they name must not fill the cache of other models."""
 
 _OPTIONS = ("--tokenizer", "--hf-config-path")
 
@@ -102,7 +109,7 @@ def cache_environment(model: Model, scope: Scope, home: str) -> Mapping[str, str
     if _brings_its_own(model.env) or (model.engine is not EngineKind.VLLM and "HF_ENDPOINT" in model.env):
         return own  # a hub on loopback, the only one that a `command` could ever reach
     return own | {
-        "HF_HUB_CACHE": str(scope.hub_dir / "hub"),
+        "HF_HUB_CACHE": str(_cache(model, scope)),
         "HF_HUB_OFFLINE": "1",
         "HF_HUB_DISABLE_TELEMETRY": "1",
     }
@@ -127,10 +134,13 @@ def _service(model: Model, repositories: tuple[Wanted, ...], scope: Scope, bin_d
     yield from _FETCHER
     words = (f"{bin_dir}/python", "-I", "-m", "mmd.hub.fetch", *map(str, repositories))
     yield "ExecStart", command_line(words, setting="model, lora or args")
-    variables = {"HF_HOME": str(scope.hub_dir), "HOME": str(scope.hub_dir)}
+    home = str(scope.hub_dir)
+    variables = {"HOME": home, "HF_HOME": home, "HF_HUB_CACHE": str(_cache(model, scope))}
     variables |= {name: value for name, value in model.env.items() if name in _PASSED_ON}
     for name, value in variables.items():
         yield "Environment", assignment(name, value, setting=f"env.{name}")
+    if _TOKEN in model.secrets:
+        yield "LoadCredential", f"{_TOKEN}:{path(str(model.secrets[_TOKEN]), setting=f'secrets.{_TOKEN}')}"
     yield "WorkingDirectory", path(str(scope.hub_dir), setting="the cache's folder")
     yield "RuntimeDirectory", f"mmd-fetch/{model.id}"
     yield comment("The gateway reads there why nothing was fetched.")
@@ -139,6 +149,15 @@ def _service(model: Model, repositories: tuple[Wanted, ...], scope: Scope, bin_d
     yield "LogExtraFields", f"MMD_MODEL={model.id} MMD_ROLE=fetch"
     yield from (*ANYWHERE, *ISOLATION, *NO_DEVICES, *_NETWORK, *_RUN)
     yield "BindPaths", f"/run/mmd-fetch/{model.id}"
+
+
+def _cache(model: Model, scope: Scope) -> Path:
+    """One cache for each hub: of the same name two hubs may have different weights."""
+    said = [f"{name}={model.env[name]}" for name in _WHO_ANSWERS if name in model.env]
+    if model.env.get("HF_ENDPOINT", "").lower().startswith("http:"):  # then a proxy may answer as it likes
+        said += sorted(f"{name}={value}" for name, value in model.env.items() if name.lower().endswith("_proxy"))
+    digest = blake2b("\n".join(said).encode(errors="surrogatepass"), digest_size=6).hexdigest()
+    return scope.hub_dir / (f"hub-{digest}" if said else "hub")
 
 
 def _brings_its_own(env: Mapping[str, str]) -> bool:

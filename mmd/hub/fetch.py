@@ -39,7 +39,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     os.umask(0o022)
     try:
         for word in sys.argv[1:] if argv is None else argv:
-            _fetch(Hub.of_environment(os.environ), Path(os.environ["HF_HOME"]) / "hub", *parse_wanted(word))
+            _fetch(Hub.of_environment(os.environ), Path(os.environ["HF_HUB_CACHE"]), *parse_wanted(word))
     except (MmdError, OSError) as error:
         text = str(error)
         print(text, file=sys.stderr)

@@ -51,13 +51,17 @@ class Hub(NamedTuple):
 
     @classmethod
     def of_environment(cls, environment: Mapping[str, str]) -> "Hub":
-        """HF_ENDPOINT; the token from a credential of the unit (LoadCredential=), HF_TOKEN, or `hf auth login` in HF_HOME."""
+        """HF_ENDPOINT; the token from a credential of the unit (LoadCredential=), HF_TOKEN, or `hf auth login` in HF_HOME.
+
+        The last is everybody's, and so for the usual hub only: whoever may add a model may name another one.
+        """
         endpoint = environment.get("HF_ENDPOINT", "").rstrip("/") or _ENDPOINT
         if urllib.parse.urlsplit(endpoint).scheme not in ("http", "https"):
             raise MmdError(f"HF_ENDPOINT: {endpoint!r} is no address of a hub", hint="https://host")
         folder = environment.get("CREDENTIALS_DIRECTORY")
         files = [Path(folder, "HF_TOKEN")] if folder else []
-        home = environment.get("HF_HOME")
+        usual = not {"HF_ENDPOINT", "SSL_CERT_FILE", "SSL_CERT_DIR"} & {name for name, value in environment.items() if value}
+        home = environment.get("HF_HOME") if usual else None
         tokens = [*map(_read, files), environment.get("HF_TOKEN", ""), *([_read(Path(home, "token"))] if home else [])]
         try:
             silence_s = max(1.0, float(environment.get("HF_HUB_DOWNLOAD_TIMEOUT") or _SILENCE_S))

@@ -34,6 +34,7 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeHub]:
             monkeypatch.delenv(name, raising=False)
         monkeypatch.setenv("HF_ENDPOINT", hub.endpoint)
         monkeypatch.setenv("HF_HOME", str(tmp_path))
+        monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "hub"))
         monkeypatch.setenv("RUNTIME_DIRECTORY", str(tmp_path))
         monkeypatch.setenv("INVOCATION_ID", "abc")
         monkeypatch.setattr(fetch, "_BACK_OFF_S", 0.01)
@@ -132,7 +133,7 @@ def test_other_schemes_are_not_followed(hub: FakeHub, tmp_path: Path) -> None:
 def test_without_the_hub_what_is_there_is_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Weights that an earlier version of mmd downloaded: nothing notes that they are complete."""
     monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
-    monkeypatch.setenv("HF_HOME", str(tmp_path))
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "hub"))
     monkeypatch.setenv("RUNTIME_DIRECTORY", str(tmp_path))
     assert fetch.main(["org/model@main"]) == 1
     folder = tmp_path / "hub/models--org--model"
@@ -183,7 +184,44 @@ def test_of_a_models_variables_the_fetch_gets_those_about_the_hub() -> None:
     text = fetch_unit(model(env=env), scope=Scope.system(), bin_dir="/b")
     assert text is not None
     names = set(re.findall(r'(?m)^Environment="?([A-Za-z_]+)=', text))
-    assert names == {"HF_HOME", "HOME", "HF_ENDPOINT", "https_proxy"}
+    assert names == {"HF_HOME", "HF_HUB_CACHE", "HOME", "HF_ENDPOINT", "https_proxy"}
+
+
+def test_another_hub_fills_another_cache() -> None:
+    """A member of mmd-admin who names a hub of theirs must not change what other models load."""
+
+    def cache(**env: str) -> str:
+        (found,) = re.findall(
+            r'(?m)^Environment="?HF_HUB_CACHE=([^"\n]*)', fetch_unit(model(env=env), scope=Scope.system(), bin_dir="/b") or ""
+        )
+        return str(found)
+
+    usual = "/var/cache/mmd/huggingface/hub"
+    assert cache() == cache(HF_TOKEN="x", https_proxy="http://p") == usual
+    others = [
+        cache(HF_ENDPOINT="https://evil"),
+        cache(HF_ENDPOINT="http://evil"),
+        cache(HF_ENDPOINT="http://evil", http_proxy="http://p"),
+        cache(SSL_CERT_FILE="/srv/ca"),
+        cache(SSL_CERT_DIR="/srv/ca"),
+    ]
+    assert len({usual, *others}) == 6
+    assert cache(HF_ENDPOINT="https://evil") == others[0]
+
+
+def test_everybodys_token_is_for_the_usual_hub(tmp_path: Path) -> None:
+    (tmp_path / "token").write_text("secret")
+    environment = {"HF_HOME": str(tmp_path)}
+    assert Hub.of_environment(environment).token == "secret"
+    for name in ("HF_ENDPOINT", "SSL_CERT_FILE", "SSL_CERT_DIR"):
+        assert Hub.of_environment({**environment, name: "https://evil"}).token == ""
+
+
+def test_the_fetch_gets_the_token_and_no_other_secret() -> None:
+    secrets = {"HF_TOKEN": Path("/etc/mmd/hf"), "OTHER": Path("/etc/mmd/other")}
+    text = fetch_unit(model(secrets=secrets), scope=Scope.system(), bin_dir="/b")
+    assert text is not None
+    assert re.findall(r"(?m)^LoadCredential=(.*)$", text) == ["HF_TOKEN:/etc/mmd/hf"]
 
 
 def test_an_endpoint_is_http() -> None:
