@@ -42,7 +42,7 @@ class Registry:
 
     async def chat(self, model: str) -> int:
         connection = await self.running.connect()
-        status, _, _ = await connection.ask(chat_bytes(model))
+        status, _, _ = await connection.ask(chat_bytes(model).replace(b"Host: x", b"Host: localhost"))
         await connection.close()
         return status
 
