@@ -178,12 +178,12 @@ def relieve(machine: Installation) -> None:
 def test_keys_count_at_once_and_through_upgrades_restarts_and_crashes(serving: Installation) -> None:
     assert ask() == 200
     first = add(serving, "first", "--models", "demo/*")
-    assert [ask(), ask(first), ask(first, "other"), ask("mmd-nonsense")] == [401, 200, 403, 401]
+    assert [ask(), ask(first), ask(first, "other"), ask("mmd-nonsense")] == [401, 200, 404, 401]
     second = add(serving, "second", "--rate", "2/h")
     assert [ask(second), ask(second), ask(second)] == [200, 200, 429]
     unused = add(serving, "unused", "--rate", "1/h")
     relieve(serving)
-    assert [ask(), ask(first), ask(first, "other"), ask(second)] == [401, 200, 403, 429], "the rate moves on as well"
+    assert [ask(), ask(first), ask(first, "other"), ask(second)] == [401, 200, 404, 429], "the rate moves on as well"
     third = add(serving, "third")
     serving.run("mmdctl", "keys", "revoke", "first")
     assert [ask(first), ask(third)] == [401, 200]

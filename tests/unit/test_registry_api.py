@@ -35,14 +35,14 @@ class Registry:
     async def ask(self, method: str, path: str, body: object = None) -> tuple[int, Any]:
         data = body if isinstance(body, bytes) else b"" if body is None else json.dumps(body).encode()
         connection = await self.running.connect()
-        head = f"{method} {path} HTTP/1.1\r\nHost: x\r\nContent-Length: {len(data)}\r\n\r\n"
+        head = f"{method} {path} HTTP/1.1\r\nHost: localhost\r\nContent-Length: {len(data)}\r\n\r\n"
         status, _, content = await connection.ask(head.encode() + data)
         await connection.close()
         return status, json.loads(content)
 
     async def chat(self, model: str) -> int:
         connection = await self.running.connect()
-        status, _, _ = await connection.ask(chat_bytes(model))
+        status, _, _ = await connection.ask(chat_bytes(model).replace(b"Host: x", b"Host: localhost"))
         await connection.close()
         return status
 
