@@ -171,6 +171,18 @@ def test_a_malformed_answer_never_looks_complete(tmp_path: Path, name: str) -> N
     run(check())
 
 
+def test_interim_answers_without_end_are_no_answer(tmp_path: Path) -> None:
+    async def check() -> None:
+        script = Script(b"HTTP/1.1 103 Early Hints\r\nLink: x\r\n\r\n" * 50 + ok_answer())
+        async with relay(tmp_path, script) as running:
+            connection = await running.connect()
+            status, _, content = await connection.ask(chat_bytes())
+            assert (status, json.loads(content)["error"]["code"]) == (502, "engine_failed")
+            await in_step(running, connection)
+
+    run(check())
+
+
 @pytest.mark.parametrize(
     "answer",
     [

@@ -20,6 +20,9 @@ __all__ = ["Exchange", "Upstream", "date_line", "error_lines"]
 
 _known: Final[KnownHeads[ResponseHead]] = KnownHeads()
 
+# Before an answer. A server may send any number (RFC 9110, 15.2); nobody has seen more than two.
+_INTERIM_MAX: Final = 16
+
 
 class Upstream(Protocol):
     """Who answers an exchange. It calls `Exchange.received` with every piece, and `Exchange.ended` when there comes no more."""
@@ -64,6 +67,8 @@ class Exchange:
         self.sandboxed = False
         """The answer is an engine's, in an origin that is not its own."""
         self._parser: ResponseParser | None = None
+        self._interim = 0
+        """How many interim answers (1xx) have come."""
         self._body: Body | None = None
         self._chunked = False
         self._reusable = False
@@ -262,6 +267,9 @@ class Exchange:
                 self._switch(head, data[end:])
                 return None
             if head.status < 200:  # an interim answer, which nobody asked for: we do not send Expect
+                self._interim += 1
+                if self._interim > _INTERIM_MAX:  # one after the other would keep the client waiting for ever, and us busy
+                    raise MalformedError(f"more than {_INTERIM_MAX} interim answers")
                 found, data = None, data[end:]
                 if not data:
                     return None
