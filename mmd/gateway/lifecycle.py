@@ -13,7 +13,7 @@ from mmd.errors import MmdError
 from mmd.gateway.engine_client import EngineError, EnginePool
 from mmd.gateway.engine_socket import UNKNOWN_ENDPOINT, port_endpoint, socket_endpoint
 from mmd.gateway.memory import Memory
-from mmd.gateway.prerequisites import Prerequisites, Why
+from mmd.gateway.prerequisites import Why, why_not_started
 from mmd.gateway.sleepers import Sleepers
 from mmd.names import UnitName
 from mmd.policy.actions import Sleep, Start, Stop, UnitAction, Wake
@@ -81,7 +81,6 @@ class Lifecycle:
         self._state_file = state_file
         self._sleepers = Sleepers(state_file)
         self._model_of = model_of
-        self._prerequisites = Prerequisites(scope, systemd)
         self._known: dict[UnitName, _Known] = {}
         self._reports: dict[UnitName, Report] = {}
         self.engines = EnginePool()
@@ -108,7 +107,8 @@ class Lifecycle:
                     result = await self._start(unit)
                     reason = "" if result == "done" else f"its start job ended as {result}"
                     if result is JobResult.DEPENDENCY:
-                        why = await self._prerequisites.failed(unit, self._model_of(unit))
+                        since = time.time() - (time.monotonic() - begun)
+                        why = why_not_started(self._scope, self._model_of(unit), since)
                 case Stop(unit):
                     reason, account = await self._stop(unit)
                 case Sleep(unit, level, expected):

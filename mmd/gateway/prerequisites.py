@@ -1,4 +1,7 @@
-"""Why systemd did not even try to start a model's unit: one that it requires has failed (systemd.unit(5), Requires=)."""
+"""Why systemd did not even try to start a model's unit: one that it requires has failed (systemd.unit(5), Requires=).
+
+The gateway may ask for model units only. What fetches weights leaves a file with its reason (mmd.hub.fetch).
+"""
 
 import os
 import stat
@@ -8,14 +11,12 @@ from typing import Final, NamedTuple
 
 from mmd.config import Model
 from mmd.hub_unit import fetch_unit_name, wanted
-from mmd.names import UnitName, model_user
+from mmd.names import model_user
 from mmd.scope import Scope
-from mmd.systemd.client import Systemd
-from mmd.systemd.unit import UnitState
 
-__all__ = ["Prerequisites", "Why"]
+__all__ = ["Why", "why_not_started"]
 
-_FAILURE_FILE: Final = "failure"  # mmd.hub.fetch
+_FAILURE_FILE: Final = "failure"
 _BYTES: Final = 8192
 _LINES: Final = 20
 
@@ -27,39 +28,27 @@ class Why(NamedTuple):
     tail: tuple[str, ...] = ()
 
 
-class Prerequisites(NamedTuple):
-    """The units that model units require: the one that makes their user, the one that fetches their weights."""
-
-    scope: Scope
-    systemd: Systemd
-
-    async def failed(self, unit: UnitName, model: Model | None) -> Why | None:
-        """What made a start job of `unit` end as `dependency`; None when no required unit says."""
-        if model is None:
-            return None
-        if wanted(model, self.scope):
-            name = fetch_unit_name(model.id)
-            state = await self.systemd.read(name)
-            if state.result != "success":
-                lines = _said(self.scope.fetch_dir / model.id, state)
-                ended = lines[0] if lines else f"{name} failed ({state.result}): journalctl -u {name}"
-                return Why(f"its weights could not be fetched: {ended}", lines[1:])
-        if model.user is None:
-            name = f"mmd-user@{model_user(unit.id)}.service"
-            if (await self.systemd.read(name)).result != "success":
-                return Why(f"its user {model_user(unit.id)} could not be made: journalctl -u {name}")
+def why_not_started(scope: Scope, model: Model | None, since: float) -> Why | None:
+    """What made a start job end as `dependency`, which began at `since` (Unix seconds)."""
+    if model is None:
         return None
+    units = [f"mmd-user@{model_user(model.id)}.service"] if model.user is None else []
+    if wanted(model, scope):
+        lines = _said(scope.fetch_dir / model.id, since)
+        if lines:
+            return Why(f"its weights could not be fetched: {lines[0]}", lines[1:])
+        units.append(fetch_unit_name(model.id))
+    return Why("a unit that it requires has failed: journalctl " + " ".join(f"-u {unit}" for unit in units)) if units else None
 
 
-def _said(directory: Path, state: UnitState) -> tuple[str, ...]:
-    """The lines that this run of the fetch left. Its folder belongs to another user, so nothing but a small file is read."""
+def _said(directory: Path, since: float) -> tuple[str, ...]:
+    """The lines that a fetch left. Its folder belongs to another user, so nothing but a small file is read."""
     with suppress(OSError, ValueError):
         path = directory / _FAILURE_FILE
         descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
         with os.fdopen(descriptor, "rb") as file:
-            if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+            status = os.fstat(descriptor)
+            if not stat.S_ISREG(status.st_mode) or status.st_mtime < since - 1:  # the clock of files is a few ms behind
                 return ()
-            invocation, _, text = file.read(_BYTES).decode(errors="replace").partition("\n")
-        if invocation == state.invocation_id:
-            return tuple(text.splitlines()[:_LINES])
+            return tuple(file.read(_BYTES).decode(errors="replace").splitlines()[:_LINES])
     return ()

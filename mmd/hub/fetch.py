@@ -23,7 +23,7 @@ from mmd.hub.listing import HubFile, Listing, folder_name, parse_listing, parse_
 __all__ = ["FAILURE_FILE", "main"]
 
 FAILURE_FILE = "failure"
-"""In the runtime directory: the run's invocation, then why nothing was fetched."""
+"""In the runtime directory: why nothing was fetched. Of a run that failed, and removed by the next one."""
 
 _PIECE_BYTES = 1 << 20
 _FILES_AT_A_TIME = 4
@@ -44,7 +44,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         text = str(error)
         print(text, file=sys.stderr)
         with suppress(OSError):
-            (directory / FAILURE_FILE).write_text(f"{os.environ.get('INVOCATION_ID', '')}\n{text}\n")
+            (directory / FAILURE_FILE).write_text(f"{text}\n")
         return 1
     return 0
 

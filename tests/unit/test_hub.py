@@ -2,6 +2,7 @@
 
 import os
 import re
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from fake_hub import COMMIT, FakeHub, fake_hub
 
 from mmd.config import EngineKind, Model
 from mmd.errors import MmdError
+from mmd.gateway.prerequisites import why_not_started
 from mmd.hub import fetch
 from mmd.hub.http import Hub
 from mmd.hub.listing import HubFile, parse_listing, parse_wanted, selected
@@ -36,7 +38,6 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeHub]:
         monkeypatch.setenv("HF_HOME", str(tmp_path))
         monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "hub"))
         monkeypatch.setenv("RUNTIME_DIRECTORY", str(tmp_path))
-        monkeypatch.setenv("INVOCATION_ID", "abc")
         monkeypatch.setattr(fetch, "_BACK_OFF_S", 0.01)
         yield hub
 
@@ -69,8 +70,7 @@ def test_a_broken_download_goes_on_where_it_broke_off(hub: FakeHub, tmp_path: Pa
 def test_the_token_is_for_the_hub_only(hub: FakeHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     hub.token = "secret"
     assert fetch.main(["org/model@main"]) == 1
-    invocation, reason = (tmp_path / "failure").read_text().splitlines()
-    assert invocation == "abc"
+    (reason,) = (tmp_path / "failure").read_text().splitlines()
     assert "HTTP status 401 (no such model, or one that needs a token)" in reason
     credentials = tmp_path / "credentials"
     credentials.mkdir()
@@ -222,6 +222,25 @@ def test_the_fetch_gets_the_token_and_no_other_secret() -> None:
     text = fetch_unit(model(secrets=secrets), scope=Scope.system(), bin_dir="/b")
     assert text is not None
     assert re.findall(r"(?m)^LoadCredential=(.*)$", text) == ["HF_TOKEN:/etc/mmd/hf"]
+
+
+def test_why_an_engine_was_not_started(tmp_path: Path) -> None:
+    scope = Scope.system()._replace(model_dir=tmp_path / "mmd-model")
+    folder = scope.fetch_dir / "m"
+    folder.mkdir(parents=True)
+    began = time.time()
+    unknown = "a unit that it requires has failed: journalctl -u mmd-user@mmd-m-m.service -u mmd-fetch-m.service"
+    assert why_not_started(scope, model(), began) == (unknown, ())
+    (folder / "failure").write_text("no such model\nmore\n")
+    assert why_not_started(scope, model(), began) == ("its weights could not be fetched: no such model", ("more",))
+    assert why_not_started(scope, model(), began + 60) == (unknown, ()), "that was another time"
+    (folder / "failure").unlink()
+    os.mkfifo(folder / "failure")
+    assert why_not_started(scope, model(), began) == (unknown, ())
+    (folder / "failure").unlink()
+    (folder / "failure").symlink_to("/etc/passwd")
+    assert why_not_started(scope, model(), began) == (unknown, ())
+    assert why_not_started(scope, model(model="/srv/x", user="someone"), began) is None
 
 
 def test_an_endpoint_is_http() -> None:
