@@ -171,13 +171,15 @@ class _Loader:
         for exposure in gateway_exposures(self._top["gateway"]):
             if self._main is not None:
                 self._note(exposure, self._problem(self._main, *exposure.complaint))
+        written: dict[tuple[Path, int], Problem] = {}
         for model in self._models.values():
             if (exposure_of_port := port_exposure(model)) is not None:
                 self._note(exposure_of_port, self._problem_of(self._drafts[model.name], *exposure_of_port.complaint))
             for name in filter(looks_secret, model.env):
                 hint = f"put the value into a file of root's, and write secrets: {{{name}: /etc/mmd/secrets/{name.lower()}}}"
                 warning = self._problem_of(self._drafts[model.name], ("env", name), "every user here can read it", hint)
-                self._exposed_for_good.append(warning)
+                written.setdefault((warning.file, warning.line), warning)  # once, where many models have it from the defaults
+        self._exposed_for_good += written.values()
 
     def _note(self, exposure: Exposure, problem: Problem) -> None:
         (self._exposed if exposure.closed_by_keys else self._exposed_for_good).append(problem)

@@ -72,7 +72,7 @@ _FRAMING = (
     "X: y\r\nContent-Length: LENGTH",
 )
 _FIELDS = (
-    "Host: x",
+    "Host: localhost",
     "Host: y",
     "Host: x, y",
     "Connection: close",
@@ -148,7 +148,7 @@ def _request(random: Random, model: str) -> bytes:
         body = _chunks(random, body)
     fields = [random.choice(_FIELDS) for _ in range(random.choice((0, 0, 1, 3)))]
     if random.random() < 0.95:
-        fields.insert(0, "Host: x")
+        fields.insert(0, "Host: localhost")
     if random.random() < 0.01:
         fields += ["X: y"] * 9000
     fields.insert(random.randint(0, len(fields)), framing)
@@ -164,7 +164,7 @@ def _request(random: Random, model: str) -> bytes:
 
 def _body(random: Random, model: str) -> bytes:
     # Something that a reader that is out of step would take for a request.
-    hidden = "POST /sleep HTTP/1.1\r\nHost: x\r\nContent-Length: 0\r\n\r\n"
+    hidden = "POST /sleep HTTP/1.1\r\nHost: localhost\r\nContent-Length: 0\r\n\r\n"
     bodies: Sequence[Callable[[], bytes]] = (
         lambda: json.dumps({"model": model, "messages": [{"role": "user", "content": hidden}], "max_tokens": 2}).encode(),
         lambda: json.dumps({"model": model, "stream": True, "prompt": "x", "input": "x", "max_tokens": 2}).encode(),

@@ -150,7 +150,13 @@ def test_a_port_speaks_http(machine: Installation) -> None:
 def test_a_port_speaks_websocket(machine: Installation) -> None:
     key = base64.b64encode(os.urandom(16)).decode()
     with connect(8082) as connection:
-        lines = ("GET /ws HTTP/1.1", "Host: x", "Connection: Upgrade", "Upgrade: websocket", "Sec-WebSocket-Version: 13")
+        lines = (
+            "GET /ws HTTP/1.1",
+            "Host: localhost",
+            "Connection: Upgrade",
+            "Upgrade: websocket",
+            "Sec-WebSocket-Version: 13",
+        )
         connection.sendall("\r\n".join((*lines, f"Sec-WebSocket-Key: {key}", "", "")).encode())
         head = b""
         while b"\r\n\r\n" not in head:
@@ -194,7 +200,7 @@ def test_ports_come_move_and_go_while_others_go_on(machine: Installation) -> Non
         body = {"messages": [{"role": "user", "content": "hi"}], "max_tokens": 2}
         assert post("/v1/chat/completions", body, api="http://127.0.0.1:8084").json["model"] == "tiny"
         # Two that change places, with one that has been in use.
-        kept.sendall(b"GET / HTTP/1.1\r\nHost: x\r\n\r\n")
+        kept.sendall(b"GET / HTTP/1.1\r\nHost: localhost\r\n\r\n")
         assert kept.recv(1000).startswith(b"HTTP/1.1 200")
         swapped = text.replace("8082", "X").replace("8083", "8082").replace("X", "8083")
         machine.write(_FILE, swapped)

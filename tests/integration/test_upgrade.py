@@ -148,7 +148,7 @@ def test_a_half_sent_request_moves_on(machine: Installation) -> None:
     connection = http.client.HTTPConnection("127.0.0.1", 8000, timeout=30)
     connection.connect()
     body = json.dumps({"model": "b", "messages": [{"role": "user", "content": "hi"}], "max_tokens": 2}).encode()
-    head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Length: {len(body)}\r\n\r\n".encode()
+    head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: {len(body)}\r\n\r\n".encode()
     whole = head + body
     for cut in (10, len(head) + 5, len(whole)):
         start = {10: 0, len(head) + 5: 10, len(whole): len(head) + 5}[cut]

@@ -153,7 +153,9 @@ class Bench:
     def slow_reader(self) -> float:
         """How much the gateway grows, in MiB, while a client reads 128 MiB slowly."""
         body = json.dumps({"model": "streams", "max_tokens": _SIZE}).encode()
-        head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nConnection: close\r\nContent-Length: {len(body)}\r\n\r\n"
+        head = (
+            f"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\nContent-Length: {len(body)}\r\n\r\n"
+        )
         before = most = usage(Path("/proc"), [self.gateway]).rss_mib
         with socket.create_connection(("127.0.0.1", _API_PORT), timeout=30) as client:
             client.sendall(head.encode() + body)

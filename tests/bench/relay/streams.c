@@ -516,7 +516,7 @@ static void ask(struct stream *stream, const char *model, int64_t phase_us)
                         "\"messages\":[{\"role\":\"user\",\"content\":\"hello\"}]}",
                         model, (long long)events_wanted, (long long)phase_us);
     size = snprintf(request, sizeof request,
-                    "POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+                    "POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
                     "Content-Length: %d\r\n\r\n%s",
                     size, body);
     if (send(stream->fd, request, size, MSG_NOSIGNAL) != size)
