@@ -68,15 +68,16 @@ class JournalQuery:
     """Unix seconds: what is later counts as new."""
 
     @property
-    def units(self) -> str:
-        """The glob of the units' names."""
-        return "mmd-*" if self.model is None else f"mmd-model-{self.model}@*.service"
+    def units(self) -> tuple[str, ...]:
+        """Globs of the units' names. What fetches a model's weights speaks of that model."""
+        return ("mmd-*",) if self.model is None else (f"mmd-model-{self.model}@*.service", f"mmd-fetch-{self.model}.service")
 
     def includes(self, unit: str) -> bool:
         """Whether a unit of this name is meant."""
         if self.model is None:
             return unit.startswith("mmd-")
-        return unit.startswith(f"mmd-model-{self.model}@") and unit.endswith(".service")
+        instance = unit.startswith(f"mmd-model-{self.model}@") and unit.endswith(".service")
+        return instance or unit == f"mmd-fetch-{self.model}.service"
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,7 +107,7 @@ def command(query: JournalQuery, *, user: bool) -> list[str]:
     argv += [f"--since={query.since}"] if query.since else []
     argv += [f"--after-cursor={query.after}"] if query.after else []
     # Not --user: that reads journals split by user only, of which there are none when the journal is volatile.
-    return [*argv, f"--{'user-' if user else ''}unit={query.units}"]
+    return [*argv, *(f"--{'user-' if user else ''}unit={glob}" for glob in query.units)]
 
 
 async def entries(query: JournalQuery, *, user: bool) -> AsyncGenerator[JournalEntry, None]:

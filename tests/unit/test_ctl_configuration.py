@@ -292,7 +292,7 @@ def test_logs_becomes_journalctl(machine: Machine) -> None:
     for words in (["lazy", "-n", "5"], ["--gateway", "-f", "--since", "10 min ago"], []):
         assert machine.run("logs", *words).returncode == 0
     assert machine.asked() == [
-        "--lines=5 --user-unit=mmd-model-idle@*.service",
+        "--lines=5 --user-unit=mmd-model-idle@*.service --user-unit=mmd-fetch-idle.service",
         "--user-unit=mmd-gateway.service --follow --since=10 min ago",
         "--user-unit=mmd-*",
     ]

@@ -52,7 +52,8 @@ def read(query: JournalQuery, *, user: bool = False) -> list[JournalEntry]:
 
 
 def test_commands() -> None:
-    assert command(JournalQuery("qwen"), user=False) == ["journalctl", "--unit=mmd-model-qwen@*.service"]
+    units = ["--unit=mmd-model-qwen@*.service", "--unit=mmd-fetch-qwen.service"]
+    assert command(JournalQuery("qwen"), user=False) == ["journalctl", *units]
     assert command(JournalQuery(None, 20, since="-1h"), user=True) == [
         "journalctl",
         "--lines=20",
@@ -63,6 +64,7 @@ def test_commands() -> None:
         "journalctl",
         "--after-cursor=s=1;i=2",
         "--unit=mmd-model-m@*.service",
+        "--unit=mmd-fetch-m.service",
     ]
 
 
@@ -99,7 +101,13 @@ FORGED: list[dict[str, object]] = [
     {"_SYSTEMD_UNIT": "user@1000.service", "_SYSTEMD_USER_UNIT": UNIT, "USER_UNIT": UNIT},
     {"_SYSTEMD_UNIT": "mmd-model-m@0.socket"},
     {"_SYSTEMD_UNIT": "mmd-model-m2@0.service"},
+    {"_SYSTEMD_UNIT": "mmd-fetch-m2.service", "MMD_MODEL": "m"},
 ]
+
+
+def test_what_fetches_a_models_weights_speaks_of_the_model(journalctl: Path) -> None:
+    prints(journalctl / "output", {**BASE, "_SYSTEMD_UNIT": "mmd-fetch-m.service"})
+    assert [entry.unit for entry in read(JournalQuery("m"))] == ["mmd-fetch-m.service"]
 
 
 def test_what_others_say_of_a_model_is_left_out(journalctl: Path) -> None:
