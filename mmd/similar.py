@@ -5,7 +5,6 @@ letters and pairs of letters with the word are compared; to find these takes a s
 """
 
 from collections.abc import Iterable
-from heapq import nlargest
 from itertools import pairwise
 
 __all__ = ["Names", "nearest"]
@@ -36,6 +35,7 @@ class Names:
         if len(word) > _WORD_MAX:
             return None
         from difflib import get_close_matches  # only needed after a mistake, and slow to import for a generator
+        from heapq import nlargest
 
         word = word[:_LETTERS_MAX].lower()
         features = _features(word)

@@ -128,7 +128,8 @@ def command_line(words: Sequence[str], *, specified: str = "", setting: str = ""
         raise _refusal(words[0], setting, "is no path that a unit can start", "install mmd elsewhere")
     pieces: list[str] = []
     for word in words:
-        _check_length(word, setting)
+        if len(word) * 4 > _WORD_MAX_BYTES:
+            _check_length(word, setting)
         pieces.append(f"{_CONTINUED}  " if word.startswith("-") else " ")
         pieces.append(quote(word, specified=specified, setting=setting))
     return "".join(pieces[1:])
@@ -136,7 +137,8 @@ def command_line(words: Sequence[str], *, specified: str = "", setting: str = ""
 
 def assignment(name: str, value: str, *, specified: str = "", setting: str = "") -> str:
     """An Environment= value: one variable."""
-    _check_length(value, setting)
+    if len(value) * 4 > _WORD_MAX_BYTES:
+        _check_length(value, setting)
     return quote(f"{name}={value}", specified=specified, variables=False, setting=setting)
 
 
@@ -183,7 +185,7 @@ def _check_characters(value: str, setting: str) -> None:
 
 
 def _check_length(word: str, setting: str) -> None:
-    if len(word) * 4 > _WORD_MAX_BYTES and len(word.encode(errors="replace")) > _WORD_MAX_BYTES:
+    if len(word.encode(errors="replace")) > _WORD_MAX_BYTES:
         raise _refusal(word, setting, f"is longer than {_WORD_MAX_BYTES} bytes", "put it into a file")
 
 
