@@ -4,6 +4,7 @@ import ast
 import re
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -134,3 +135,9 @@ def test_compiled_classes_have_no_defaults_of_none(module: Path) -> None:
             for default in (each for each in node.body if isinstance(each, ast.AnnAssign) and each.value is not None):
                 none = isinstance(default.value, ast.Constant) and default.value.value is None
                 assert not none, f"{short(module)}:{default.lineno}: set it in __init__"
+
+
+def test_no_two_test_modules_have_the_same_name() -> None:
+    """pytest takes modules by their base names, where folders are no packages."""
+    names = Counter(path.name for path in (CHECKOUT / "tests").rglob("test_*.py"))
+    assert [name for name, count in names.items() if count > 1] == []
