@@ -76,7 +76,7 @@ def broker(prey: Installation) -> Iterator[Broker]:
     broker.close()
 
 
-@pytest.mark.parametrize("user", ["mmd", "mmd-model", "eve", "mallory"])
+@pytest.mark.parametrize("user", ["mmd", "mmd-fetch", "eve", "mallory"])
 def test_no_user_drives_units_by_dbus(prey: Installation, user: str) -> None:
     before = prey.show(UNIT, "InvocationID")
     for verb in ("stop", "restart", "kill"):
@@ -98,7 +98,7 @@ def test_there_is_no_polkit_rule_of_ours(prey: Installation) -> None:
     assert [path.name for path in files if "mmd" in path.name or "mmd" in path.read_text(errors="replace")] == []
 
 
-@pytest.mark.parametrize("user", ["mmd-model", "eve", "mallory", "nobody"])
+@pytest.mark.parametrize("user", ["mmd-fetch", "eve", "mallory", "nobody"])
 def test_only_the_gateway_reaches_the_broker(prey: Installation, user: str) -> None:
     connect = f"import socket; socket.socket(socket.AF_UNIX).connect({SOCKET!r})"
     done = prey.run("python3", "-c", connect, user=user, check=False)

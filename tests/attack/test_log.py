@@ -39,6 +39,9 @@ models:
 def noisy(installation: Installation) -> Iterator[Installation]:
     """A model, a hostile engine that has logged in its name, and a local user who has as well."""
     installation.write("/usr/local/lib/hostile.py", ENGINE)
+    # Engines do not see the journal's socket (test_engine_isolation.py). One to which an operator has shown it forges nothing.
+    shown = "[Service]\nBindPaths=/run/systemd/journal/socket\n"
+    installation.write("/etc/systemd/system/mmd-model-hostile@.service.d/journal.conf", shown)
     installation.configure(MODELS)
     installation.systemctl("start", "mmd-model-prey@0.service", "mmd-model-hostile@cpu.service")
     forged = (
@@ -52,6 +55,7 @@ def noisy(installation: Installation) -> Iterator[Installation]:
     installation.wait_until(lambda: installation.journal().count(MARK) == 2)
     yield installation
     installation.stop_all()
+    installation.run("rm", "-r", "/etc/systemd/system/mmd-model-hostile@.service.d")
 
 
 def admin_log(noisy: Installation, query: str) -> list[dict[str, Any]]:
@@ -98,7 +102,7 @@ def test_the_gateway_may_not_read_the_journal(noisy: Installation) -> None:
 
 def test_only_the_gateway_reaches_the_reader_and_gets_only_what_is_ours(noisy: Installation) -> None:
     path = "/run/mmd/journal.sock"
-    for user in ("mmd-model", "eve", "mallory"):
+    for user in ("mmd-fetch", "eve", "mallory"):
         connect = f"import socket; socket.socket(socket.AF_UNIX).connect({path!r})"
         assert "PermissionError" in noisy.run("python3", "-c", connect, user=user, check=False).stderr
 

@@ -39,7 +39,7 @@ def test_root_makes_such_a_unit(installed: Installation, kind: str) -> None:
     installed.wait_until(lambda: installed.path(_PROOF).exists())
 
 
-@pytest.mark.parametrize("user", ["mmd", "mmd-model", "eve", "mallory"])
+@pytest.mark.parametrize("user", ["mmd", "mmd-fetch", "eve", "mallory"])
 @pytest.mark.parametrize("kind", _KINDS)
 def test_other_users_make_no_unit(installed: Installation, user: str, kind: str) -> None:
     done = attempt(installed, user, kind)
