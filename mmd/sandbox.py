@@ -53,6 +53,8 @@ TemporaryFileSystem=/dev/shm:size=50%,mode=1777,nosuid,nodev
 # Of /run it sees its own directory and the runner's way to systemd, sd_notify(3): no D-Bus, no journal, no socket of mmd, of
 # another engine or of a container manager.
 TemporaryFileSystem=/run:ro,mode=0755,nosuid,nodev
+# Again, for a workdir that leads to /run.
+TemporaryFileSystem=/run/mmd-model:ro,mode=0755,nosuid,nodev
 BindPaths=/run/systemd/notify
 """)
 
@@ -99,6 +101,8 @@ def sandbox(model: Model, *, scope: Scope, directory: str, uses_devices: bool, a
     if model.engine is EngineKind.SIM:
         yield comment("The simulated GPUs' memory, which all simulated engines share.")
         yield "BindPaths", path_word(str(scope.sim_dir), prefix="-", setting="the simulation's folder")
-    if model.engine is EngineKind.COMMAND and model.workdir is not None:
+    if model.engine is EngineKind.COMMAND and model.workdir is not None and model.user is not None:
+        # Only root names a user. A workdir of a member of mmd-admin's, /run or a link to it, would take the place of what
+        # hides /run: of two entries for one path systemd keeps this one.
         yield "ReadWritePaths", path_word(str(model.workdir), prefix="-", setting="workdir")
     yield from _LOOPBACK
