@@ -156,7 +156,8 @@ def _cache(model: Model, scope: Scope) -> Path:
     said = [f"{name}={model.env[name]}" for name in _WHO_ANSWERS if name in model.env]
     if model.env.get("HF_ENDPOINT", "").lower().startswith("http:"):  # then a proxy may answer as it likes
         said += sorted(f"{name}={value}" for name, value in model.env.items() if name.lower().endswith("_proxy"))
-    digest = blake2b("\n".join(said).encode(errors="surrogatepass"), digest_size=6).hexdigest()
+    # Members of mmd-admin choose what is hashed: a short hash of another hub's could be found. No variable has a NUL.
+    digest = blake2b("\0".join(said).encode(errors="surrogatepass"), digest_size=16).hexdigest()
     return scope.hub_dir / (f"hub-{digest}" if said else "hub")
 
 

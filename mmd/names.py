@@ -49,7 +49,8 @@ is enough for 302 models, and above the uids that useradd(8) gives to people (UI
 # A name of a user has 31 characters at most: utmp's limit, which systemd and shadow keep to.
 _USER_PREFIX = "mmd-m-"
 _PLAIN_ID = r"[a-z0-9][a-z0-9-]{0,21}"
-_READABLE = 12
+# So that a hash has 64 bits: of fewer a member of mmd-admin could find an id with the same user as another model's.
+_READABLE = 6
 _LONG = 23  # one more than _PLAIN_ID has at most, so that no short id spells the user of a long one
 
 

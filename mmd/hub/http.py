@@ -82,7 +82,7 @@ class Hub(NamedTuple):
         self._get(url, {}, take)
         try:
             return json.loads(text)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise HubError(f"{url}: the answer is no JSON", unreachable=False) from error
 
     def download(self, repository: str, commit: str, path: str, start: int, take: Callable[[bytes], None]) -> None:

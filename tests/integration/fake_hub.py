@@ -29,7 +29,7 @@ class FakeHub:
         self.damaged: set[str] = set()
         """What arrives damaged, once each."""
         self.listing: Any = None
-        """Instead of the true one."""
+        """Instead of the true one; bytes as they are."""
         self.endpoint = self.bytes_at = ""
 
     def true_listing(self) -> Any:
@@ -54,7 +54,8 @@ class _Handler(BaseHTTPRequestHandler):
         if hub.token is not None and self.headers.get("Authorization") != f"Bearer {hub.token}":
             return self._answer(401, b"{}")
         if path == f"/api/models/{hub.repository}/revision/main":
-            return self._answer(200, json.dumps(hub.listing or hub.true_listing()).encode())
+            listing = hub.listing or hub.true_listing()
+            return self._answer(200, listing if isinstance(listing, bytes) else json.dumps(listing).encode())
         name = path.removeprefix(f"/{hub.repository}/resolve/{COMMIT}/")
         if name not in hub.files:
             return self._answer(404, b"{}")

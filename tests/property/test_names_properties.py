@@ -48,3 +48,10 @@ def test_no_id_spells_the_user_of_another(unit_id: str) -> None:
 def test_what_is_no_models_user_is_told(name: str) -> None:
     if is_model_user(name):
         assert re.fullmatch(r"mmd-m-[a-z0-9][a-z0-9-]{0,22}", name)
+
+
+@given(st.from_regex(r"[a-z0-9][a-z0-9._-]{0,62}", fullmatch=True))
+def test_a_user_is_not_found_by_trying_ids(unit_id: str) -> None:
+    """Members of mmd-admin choose ids: one with another model's user would read its cache and its secrets."""
+    said, _, digest = model_user(unit_id).removeprefix("mmd-m-").rpartition("-")
+    assert model_user(unit_id) == f"mmd-m-{unit_id}" or (len(digest) >= 16 and len(said) <= 6)

@@ -124,6 +124,12 @@ def test_weights_that_are_longer_than_announced_are_refused(hub: FakeHub, tmp_pa
     assert "longer than the hub says" in (tmp_path / "failure").read_text()
 
 
+def test_a_listing_that_is_nested_too_deeply_is_told(hub: FakeHub, tmp_path: Path) -> None:
+    hub.listing = b"[" * 200_000
+    assert fetch.main(["org/model@main"]) == 1
+    assert "the answer is no JSON" in (tmp_path / "failure").read_text()
+
+
 def test_other_schemes_are_not_followed(hub: FakeHub, tmp_path: Path) -> None:
     hub.elsewhere = "file:///etc/passwd?"
     assert fetch.main(["org/model@main"]) == 1
@@ -207,6 +213,8 @@ def test_another_hub_fills_another_cache() -> None:
     ]
     assert len({usual, *others}) == 6
     assert cache(HF_ENDPOINT="https://evil") == others[0]
+    assert cache(HF_ENDPOINT="https://hub\nSSL_CERT_FILE=/srv/ca") != cache(HF_ENDPOINT="https://hub", SSL_CERT_FILE="/srv/ca")
+    assert all(len(each) - len(f"{usual}-") >= 32 for each in others), "nobody finds another hub's"
 
 
 def test_everybodys_token_is_for_the_usual_hub(tmp_path: Path) -> None:
