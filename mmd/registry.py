@@ -227,10 +227,15 @@ def _check_rights(loaded: Loaded, scope: Scope, models: Mapping[str, Any]) -> No
         if given:
             key = f"models.{name}.{given[0]}"
             raise RegistryError(Fault.INVALID, f"{key}: only root may set it", hint=f"in {scope.config_file}", key=key)
-        model = loaded.config.models.get(name)
-        if model is None or model.port is None or loaded.config.gateway.added_ports is AddedPorts.ANY:
+        model, gateway = loaded.config.models.get(name), loaded.config.gateway
+        if model is None or model.port is None or gateway.added_ports is AddedPorts.ANY:
             continue
         address = parse_address(model.port)
+        if address.port and address.port in {parse_address(each).port for each in (*gateway.listen, *gateway.admin_listen)}:
+            # `localhost` is [::1] first (RFC 6724): who means the gateway would ask the model.
+            key = f"models.{name}.port"
+            message = f"{key}: {model.port} has the number of a port of the gateway"
+            raise RegistryError(Fault.INVALID, message, hint="choose another number", key=key)
         if address.port and (address.port < _FREE_PORT or not address.is_loopback):
             key = f"models.{name}.port"
             message = f"{key}: {model.port} is not a loopback address with a port of at least {_FREE_PORT}"

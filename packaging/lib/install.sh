@@ -89,7 +89,17 @@ put_manuals() {
 }
 
 make_users() {
+    local old
     systemd-sysusers mmd.conf
+    # Engines of 0.1.0 owned all of the cache. What one of them left at the place of a model's own folder is not for that model.
+    if [[ $(stat --format=%U /var/cache/mmd 2>/dev/null) == mmd-model ]]; then
+        chown root:root /var/cache/mmd
+        if [[ -e /var/cache/mmd/models || -L /var/cache/mmd/models ]]; then
+            old=$(mktemp -d /var/cache/mmd/.old.XXXXXX)
+            mv -T /var/cache/mmd/models "$old/models"
+            rm -rf --one-file-system "$old" || true # engines that still run may be writing there
+        fi
+    fi
     systemd-tmpfiles --create mmd.conf
     remark "mmd, mmd-fetch, mmd-journal, mmd-probe, groups mmd-admin, mmd-model"
 }

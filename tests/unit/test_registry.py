@@ -226,6 +226,13 @@ def test_only_root_opens_ports_to_others(scope: Scope) -> None:
     assert plan(scope, {"n": {"gpus": 0, "port": "0.0.0.0:9000"}}).models
 
 
+def test_no_added_model_has_the_number_of_the_gateways_port(scope: Scope) -> None:
+    """Clients that ask `localhost`, which is [::1] first, would send the model what they mean for the gateway."""
+    for port in ("[::1]:8000", "127.0.0.2:8000", "[::1]:8001"):
+        with pytest.raises(RegistryError, match="has the number of a port of the gateway"):
+            plan(scope, {"n": {"gpus": 0, "port": port}})
+
+
 def test_some_settings_are_roots(scope: Scope) -> None:
     for key in ROOT_ONLY:
         with pytest.raises(RegistryError, match="only root may set it"):
