@@ -1,29 +1,20 @@
 """Pages in a real browser that call the API from another origin (`tests/run --browser`).
 
-The page does its requests by itself and reports to the server that it came from, so that the browser needs no driver. One
-server has two origins, 127.0.0.1 and localhost, and only the first may call.
+One server has two origins, 127.0.0.1 and localhost, and only the first may call.
 """
 
-import asyncio
-import os
-import shutil
-import signal
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
 from pathlib import Path
-from typing import Any
 
 import pytest
 import relay_gateway
 import sim_engine
 from aiohttp import web
+from chromium import Pages, served, visit
 from relay_gateway import gateway
 
 from mmd.config import Gateway
 
 pytestmark = pytest.mark.browser
-
-_WITHIN_S = 40.0
 
 _PAGE = """<!doctype html><title>mmd</title><script>
 const api = "http://127.0.0.1:PORT";
@@ -75,62 +66,6 @@ async def echo(request: web.Request) -> web.WebSocketResponse:
     return answers
 
 
-class Pages:
-    """Serves the page, and hears what became of it."""
-
-    def __init__(self) -> None:
-        self.api_port = 0
-        self.reports: asyncio.Queue[dict[str, Any]] = asyncio.Queue()
-
-    async def page(self, _: web.Request) -> web.Response:
-        return web.Response(text=_PAGE.replace("PORT", str(self.api_port)), content_type="text/html")
-
-    async def report(self, request: web.Request) -> web.Response:
-        self.reports.put_nowait(await request.json())
-        return web.Response()
-
-
-@asynccontextmanager
-async def served(pages: Pages) -> AsyncIterator[int]:
-    app = web.Application()
-    app.add_routes([web.get("/", pages.page), web.post("/report", pages.report)])
-    runner = web.AppRunner(app, shutdown_timeout=0.1)
-    await runner.setup()
-    await web.TCPSite(runner, "127.0.0.1", 0).start()
-    try:
-        yield runner.addresses[0][1]
-    finally:
-        await runner.cleanup()
-
-
-@asynccontextmanager
-async def browser(profile: Path, url: str) -> AsyncIterator[None]:
-    """Chromium without a window, on one page. Its own sandbox needs another user than root."""
-    program = shutil.which("chromium")
-    if program is None:
-        pytest.skip("there is no chromium: tests/run --browser")
-    options = ("--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--no-first-run")
-    with (profile / "chromium.log").open("wb") as log:
-        process = await asyncio.create_subprocess_exec(
-            *(program, *options, f"--user-data-dir={profile}", url), stdout=log, stderr=log, start_new_session=True
-        )
-    try:
-        yield
-    finally:
-        os.killpg(process.pid, signal.SIGKILL)
-        await process.wait()
-
-
-async def visit(pages: Pages, directory: Path, url: str) -> dict[str, Any]:
-    """What a page that was fetched from `url` says."""
-    async with browser(directory, url):
-        try:
-            async with asyncio.timeout(_WITHIN_S):
-                return await pages.reports.get()
-        except TimeoutError:
-            pytest.fail((directory / "chromium.log").read_text(errors="replace"))
-
-
 @pytest.mark.parametrize("workers", [0, 2], ids=["alone", "workers"])
 def test_a_page_of_a_named_origin_may_call_and_another_may_not(tmp_path: Path, workers: int) -> None:
     profiles = [tmp_path / "named", tmp_path / "other"]
@@ -138,7 +73,7 @@ def test_a_page_of_a_named_origin_may_call_and_another_may_not(tmp_path: Path, w
         profile.mkdir()
 
     async def check() -> None:
-        pages = Pages()
+        pages = Pages(_PAGE)
         async with sim_engine.serving(tmp_path), served(pages) as port:
             settings = Gateway(cors_origins=(f"http://127.0.0.1:{port}",))
             endpoints = {"m": f"unix:{tmp_path}/engine.sock", "sleepy": f"unix:{tmp_path}/none.sock"}
