@@ -231,6 +231,15 @@ def test_a_gateway_that_refuses_is_an_error_but_the_key_is_there(instance: Insta
     assert instance.ring().find(done.stdout.strip().encode()) is not None
 
 
+def test_a_gateway_that_is_replaced_meanwhile_is_asked_again(instance: Instance, gateway: Gateway) -> None:
+    gateway.keys_first = 503
+    with serving(gateway, instance.socket):
+        done = instance.run("add", "ci")
+    assert done.returncode == 0
+    assert "mmd-gateway has taken it up" in done.stderr
+    assert gateway.asked == 2 * [("PUT", "/api/v1/keys", instance.file.read_text())]
+
+
 def test_a_file_that_systemd_would_not_pass_on_is_not_written(instance: Instance) -> None:
     many = KeyRing(tuple(Key(f"key{number}", digest(b"%d" % number), models=("x" * 150,)) for number in range(4000)), 1)
     instance.file.parent.mkdir(parents=True)
