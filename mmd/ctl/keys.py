@@ -4,6 +4,7 @@ import json
 import secrets
 import shlex
 import sys
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -24,6 +25,8 @@ __all__ = ["Request", "add", "list_keys", "revoke"]
 _GATEWAY = "mmd-gateway.service"
 _UNSUPPORTED = (404, 405)
 """What a gateway answers that knows no PUT /api/v1/keys."""
+_REPLACED = 503
+_AGAIN_S = 0.5
 _NONE = "-"
 _COLUMNS = (
     Column("NAME"),
@@ -110,7 +113,7 @@ def _bring_into_use(context: Context, ring: KeyRing) -> None:
     """Tells the gateway, and says from when on the change counts."""
     restart = shlex.join((*context.systemctl, "restart", _GATEWAY))
     try:
-        context.client.put_keys(ring.render())
+        _tell(context, ring)
     except DownError:
         _say("mmd-gateway is not running; it reads the keys when it starts")
     except CtlError as error:
@@ -120,6 +123,17 @@ def _bring_into_use(context: Context, ring: KeyRing) -> None:
         _say(f"mmd-gateway takes it up at its next restart; models go on meanwhile:\n  {restart}")
     else:
         _say("mmd-gateway has taken it up")
+
+
+def _tell(context: Context, ring: KeyRing) -> None:
+    """Once more if an upgrade has replaced the process that was asked: the next connection is to the fresh one."""
+    try:
+        context.client.put_keys(ring.render())
+    except RefusedError as error:
+        if error.status != _REPLACED:
+            raise
+        time.sleep(_AGAIN_S)
+        context.client.put_keys(ring.render())
 
 
 def _no_keys(context: Context, ring: KeyRing) -> str:

@@ -46,6 +46,14 @@ class Prepared(msgspec.Struct, frozen=True, tag=True):
     """The successor could go on from here."""
 
 
+class KeysChanged(msgspec.Struct, frozen=True, tag=True):
+    """Other API keys are in force: what a predecessor still serves by one that is none any more has to end. A predecessor of a
+    version that does not know this message leaves it out (mmd.gateway.channel)."""
+
+    text: str
+    """As mmd.keys renders it."""
+
+
 class UnitTaken(msgspec.Struct, frozen=True):
     """What the predecessor knows of a unit."""
 
@@ -115,6 +123,8 @@ class Elder(msgspec.Struct, frozen=True, tag=True):
 
 _ToSuccessor = Sockets | Taken | Kept | KeptLate | InFlight | KeyInUse | Client | Elder
 
+_FromSuccessor = Prepared | KeysChanged
+
 _decode_kept = msgspec.json.Decoder(list[tuple[str, str]]).decode
 
 
@@ -124,6 +134,8 @@ class Successor:
     def __init__(self, on_end: Callable[[], None]) -> None:
         """`on_end`: it has gone."""
         self._on_end = on_end
+        self.on_keys: Callable[[str], None] | None = None
+        """Is called with other API keys, as mmd.keys renders them, when they are in force there."""
         self._channel: Channel | None = None
         self._process_id: int | None = None
         self._prepared: asyncio.Future[None] = asyncio.get_running_loop().create_future()
@@ -133,7 +145,7 @@ class Successor:
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         with theirs:
             self._process_id = _spawn(command, theirs.fileno())
-        self._channel = Channel(ours, Prepared, self._hear, self._ended)
+        self._channel = Channel(ours, _FromSuccessor, self._hear, self._ended)
         for begin in range(0, len(sockets), _SOCKETS_AT_ONCE):
             some, more = sockets[begin : begin + _SOCKETS_AT_ONCE], begin + _SOCKETS_AT_ONCE < len(sockets)
             self._channel.send(Sockets([each.name for each in some], more), *(os.dup(each.socket.fileno()) for each in some))
@@ -144,9 +156,12 @@ class Successor:
             raise MmdError(f"the fresh gateway was not prepared within {_PREPARED_WITHIN_S:g} s") from None
         return self._process_id
 
-    def _hear(self, _: Prepared, __: list[int]) -> None:
-        if not self._prepared.done():
-            self._prepared.set_result(None)
+    def _hear(self, message: _FromSuccessor, _: list[int]) -> None:
+        match message:
+            case Prepared() if not self._prepared.done():
+                self._prepared.set_result(None)
+            case KeysChanged(text) if self.on_keys is not None:
+                self.on_keys(text)
 
     def _ended(self) -> None:
         if not self._prepared.done():
@@ -226,6 +241,10 @@ class Predecessor:
 
     def prepared(self) -> None:
         self._channel.send(Prepared())
+
+    def change_keys(self, text: str) -> None:
+        """Let what it still serves go by these API keys."""
+        self._channel.send(KeysChanged(text))
 
     def detach(self) -> socket.socket:
         """The end of its channel, for another successor."""

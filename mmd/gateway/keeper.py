@@ -46,6 +46,8 @@ class Keeper:
         self._turn = asyncio.Lock()
         self.staff: Staff | None = None
         """The workers, which go by the same keys."""
+        self.relieved = False
+        """Another gateway has taken over, and keeps the keys."""
 
     def load(self, environ: Mapping[str, str]) -> None:
         """The keys that systemd has passed (systemd.exec(5), CREDENTIALS). What cannot be read or understood lets nobody in."""
@@ -74,6 +76,14 @@ class Keeper:
             visitor = self._access.named(name)
             if visitor is not None:
                 visitor.resume(full_at_s)
+
+    def follow(self, text: str) -> None:
+        """Go by keys that the gateway after this one has taken up, for the requests that are finished here."""
+        ring, problems = _read(text.encode())
+        if ring != self._access.ring and ring.serial >= self._access.ring.serial:
+            self._use(ring, problems)
+            if self.staff is not None:
+                self.staff.tell_keys()
 
     def handed(self) -> KeysTaken:
         """For the gateway after this one."""
@@ -137,6 +147,9 @@ class Keeper:
                 ring = await asyncio.to_thread(KeyRing.parse, text)
             except BadKeysError as error:
                 raise ApiError(400, str(error), code="bad_keys") from None
+            if self.relieved:
+                message = "another gateway process has taken over meanwhile; ask again"
+                raise ApiError(503, message, code="gateway_replaced", retry_after_s=1)
             now = self._access.ring
             if ring.serial < now.serial or (ring.serial == now.serial and ring != now):
                 message = f"the gateway has later API keys: serial {now.serial}, these have {ring.serial}"

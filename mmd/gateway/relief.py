@@ -43,6 +43,7 @@ class Guests:
         self.none = asyncio.Event()
         """There is nobody before us any more."""
         self.none.set()
+        access.changed.append(self._tell_keys)
 
     def welcome(self, predecessor: Predecessor) -> None:
         """Listen to a gateway before us."""
@@ -70,8 +71,15 @@ class Guests:
                 self._requests[predecessor][str(unit)] = requests
         self._dispatcher.resume()
 
+    def _tell_keys(self) -> None:
+        """Other keys are in force: also for what they still serve, which ends if its key is none any more."""
+        text = self._access.ring.render()
+        for predecessor in self._requests:
+            predecessor.change_keys(text)
+
     def _take_elder(self, elder: Predecessor, in_flight: Mapping[str, int], keys: Mapping[str, int]) -> None:
         self.welcome(elder)
+        elder.change_keys(self._access.ring.render())  # they may have changed while its channel went from hand to hand
         for key, count in keys.items():
             self._count_key(elder, key, count)
         for name, count in in_flight.items():
@@ -155,7 +163,9 @@ async def relieve(
     known = _known(dispatcher, guests.ids())
     successor.keep(dispatcher.kept().all())
     dispatcher.kept().told = successor.keep_late
+    successor.on_keys = keeper.follow
     successor.take(known, keeper.handed())
+    keeper.relieved = True
     theirs = guests.ids()
     guests.move_to(successor)
     for server in servers:

@@ -47,10 +47,10 @@ def post(path: str, body: object, *, api: str = _API, timeout_s: float = 30, hea
         connection.close()
 
 
-def get(path: str, *, api: str = _API, timeout_s: float = 30) -> Answer:
+def get(path: str, *, api: str = _API, timeout_s: float = 30, headers: dict[str, str] | None = None) -> Answer:
     connection = _connect(api, timeout_s)
     try:
-        connection.request("GET", path)
+        connection.request("GET", path, headers=headers or {})
         answer = connection.getresponse()
         return Answer(answer.status, {k.lower(): v for k, v in answer.getheaders()}, answer.read().decode())
     finally:
@@ -62,13 +62,16 @@ def chat(model: str, text: str = "hello", *, timeout_s: float = 30, **more: obje
     return post("/v1/chat/completions", body, timeout_s=timeout_s)
 
 
-def stream(model: str, *, max_tokens: int = 8, timeout_s: float = 30, **more: object) -> Iterator[str]:
+def stream(
+    model: str, *, max_tokens: int = 8, timeout_s: float = 30, headers: dict[str, str] | None = None, **more: object
+) -> Iterator[str]:
     """The lines of a streamed chat answer, as they come. Closing the iterator closes the connection."""
     messages = [{"role": "user", "content": "hello"}]
     body = {"model": model, "messages": messages, "max_tokens": max_tokens, "stream": True, **more}
     connection = _connect(_API, timeout_s)
     try:
-        connection.request("POST", "/v1/chat/completions", json.dumps(body), {"Content-Type": "application/json"})
+        fields = {"Content-Type": "application/json", **(headers or {})}
+        connection.request("POST", "/v1/chat/completions", json.dumps(body), fields)
         answer = connection.getresponse()
         assert answer.status == 200, (answer.status, answer.read())
         while line := answer.readline():

@@ -3,10 +3,12 @@
 import contextlib
 import re
 import threading
+import time
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
-from client import post
+from client import Answer, get, post, stream
 from testbed import CHECKOUT, PROCESSES, Installation, named
 
 from mmd.keys import KeyRing
@@ -239,6 +241,50 @@ def test_what_the_old_process_still_answers_counts_in_the_fresh_one(serving: Ins
     serving.wait_until(lambda: ask(one) == 200)
 
 
+def reading(key: str) -> tuple[threading.Thread, list[str]]:
+    """A stream of 250 s, by `key`: who reads it, and what has come."""
+    lines: list[str] = []
+
+    def read() -> None:
+        lines.extend(stream("other", headers={"x-api-key": key}, max_tokens=500, ignore_eos=True))
+
+    reader = threading.Thread(target=read)
+    reader.start()
+    return reader, lines
+
+
+def ends_by_revoking(machine: Installation, name: str, reader: threading.Thread, lines: list[str]) -> None:
+    machine.wait_until(lambda: any("content" in line for line in lines), 10, "tokens")
+    machine.run("mmdctl", "keys", "revoke", name)
+    revoked = time.monotonic()
+    reader.join(5)
+    assert not reader.is_alive(), "the stream goes on"
+    assert time.monotonic() - revoked < 5
+    said = [line for line in lines if line.startswith("data: ")]
+    assert "invalid_api_key" in said[-2], said[-3:]
+    assert said[-1] == "data: [DONE]"
+
+
+def test_a_stream_ends_when_its_key_is_revoked_also_in_a_gateway_that_was_relieved(serving: Installation) -> None:
+    keys = {name: add(serving, name) for name in ("first", "second", "third", "stays")}
+    assert ask(keys["stays"], "other") == 200
+    ends_by_revoking(serving, "first", *reading(keys["first"]))
+    oldest, staying = reading(keys["second"]), reading(keys["stays"])
+    serving.wait_until(lambda: serving.status()["gateway"]["in_flight"] == 2)
+    relieve(serving)
+    older = reading(keys["third"])
+    serving.wait_until(lambda: serving.status()["gateway"]["in_flight"] == 3)
+    relieve(serving)
+    ends_by_revoking(serving, "third", *older)
+    ends_by_revoking(serving, "second", *oldest)
+    assert staying[0].is_alive(), "that of another key goes on"
+    serving.run("mmdctl", "keys", "revoke", "stays")
+    staying[0].join(5)
+    assert not staying[0].is_alive()
+    gateways = lambda: sum("bin/mmd-gateway" in line for line in serving.ps())  # noqa: E731
+    serving.wait_until(lambda: gateways() == 1, 10, "the old processes end with their last answer")
+
+
 def test_the_admin_api_over_tcp_needs_a_key_from_the_first_one_on(serving: Installation) -> None:
     admin = "http://127.0.0.1:8001"
     stop = "/api/v1/models/demo%2Fa/stop"
@@ -260,6 +306,46 @@ def test_the_admin_api_over_tcp_needs_a_key_from_the_first_one_on(serving: Insta
     shown = serving.run("curl", "-s", f"{admin}/api/v1/keys", "-H", f"x-api-key: {operator}").stdout
     assert '"operator"' in shown
     assert "sha256" not in shown
+
+
+@pytest.fixture
+def more_models(serving: Installation) -> Iterator[Path]:
+    """A folder for more definitions of models; they are gone afterwards."""
+    folder = serving.path("/etc/mmd/models.d")
+    yield folder
+    for file in folder.glob("key-test-*.yaml"):
+        file.unlink()
+    serving.run("mmdctl", "reload")
+
+
+def test_a_key_to_look_with_sees_neither_logs_nor_the_configuration(serving: Installation, more_models: Path) -> None:
+    admin = "http://127.0.0.1:8001"
+    broken = "models: {broken: {engine: command, gpus: 0, command: [/bin/sh, -c, 'echo a line of the engine; exit 3']}}\n"
+    (more_models / "key-test-broken.yaml").write_text(broken)
+    serving.run("mmdctl", "reload")
+    failed = post("/v1/chat/completions", {"model": "broken", "messages": []})
+    assert failed.status == 503
+    assert "a line of the engine" in failed.error["message"], "without keys the client sees why"
+    (more_models / "key-test-wrong.yaml").write_text("models: {wrong: {colour: red}}\n")
+    keys = {name: add(serving, name, "--scope", name) for name in ("use", "read", "admin")}
+
+    def look(path: str, key: str) -> Answer:
+        return get(path, api=admin, headers={"x-api-key": keys[key]})
+
+    post("/api/v1/reload", {}, api=admin, headers={"x-api-key": keys["admin"]})  # mmdctl does not ask for this one
+    assert "colour" in look("/api/v1/status", "admin").text
+    told = post("/v1/chat/completions", {"model": "broken", "messages": []}, headers={"x-api-key": keys["use"]})
+    assert told.status == 503
+    assert "a line of the engine" not in told.error["message"]
+    for key, sees_all in (("read", False), ("admin", True)):
+        status = look("/api/v1/status", key)
+        assert status.status == 200
+        for private in ("a line of the engine", "colour"):
+            assert (private in status.text) is sees_all, (key, private)
+        assert [look(f"/api/v1/{path}", key).status for path in ("models", "gpus", "events")] == [200] * 3
+        for path in ("logs", "requests", "keys", "config"):
+            assert look(f"/api/v1/{path}", key).status == (200 if sees_all else 403), (key, path)
+    assert look("/api/v1/status", "use").status == 403
 
 
 def test_the_log_says_who_asked_on_the_admin_socket(serving: Installation) -> None:

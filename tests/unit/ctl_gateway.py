@@ -59,6 +59,8 @@ class Gateway:
     """Streams of events, one for each time that somebody asks."""
     keys_status: int = 200
     """The answer to new API keys."""
+    keys_first: int | None = None
+    """The answer to the first ones, if another."""
     asked: list[tuple[str, str, object]] = field(default_factory=list)
     """Method, path, body."""
 
@@ -116,7 +118,8 @@ class _Handler(BaseHTTPRequestHandler):
         assert self.headers["Content-Type"] == "application/yaml"
         body = self.rfile.read(int(self.headers["Content-Length"])).decode()
         self._gateway.asked.append(("PUT", self.path, body))
-        status = self._gateway.keys_status
+        status = self._gateway.keys_first or self._gateway.keys_status
+        self._gateway.keys_first = None
         self._answer(status, {} if status == 200 else {"error": {"message": f"answered {status}", "code": None}})
 
     def _answer(self, status: int, value: object) -> None:

@@ -24,7 +24,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from relay_gateway import Connection, Running, body_of, engine, gateway, ok_answer, run, until
 
-from mmd.config import EngineKind, Model
+from mmd.config import EngineKind, Gateway, Model
 from mmd.gateway.relay import access
 from mmd.gateway.relay.access import Access
 from mmd.gateway.relay.head import RequestHead, RequestParser
@@ -32,6 +32,7 @@ from mmd.gateway.relay.kept import with_owner
 from mmd.gateway.relay.visitor import Visitor
 from mmd.gateway.server import Door
 from mmd.keys import Key, KeyRing, KeyScope, Limit, digest, key_text
+from mmd.policy.actions import Refusal, Refuse
 
 SECRETS = {name: key_text(name.encode().ljust(32, b".")) for name in ("all", "narrow", "adapter", "slow", "single", "wrong")}
 
@@ -514,6 +515,123 @@ def test_a_waiting_stream_whose_key_is_revoked_meanwhile_ends_as_a_stream(tmp_pa
     run(scenario())
 
 
+def test_a_request_that_waits_is_refused_when_its_key_is_revoked(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        async with guarded(tmp_path, ready=False) as (running, recorder):
+            running.lifecycle.start_s = 60
+            whole, stream, other = [await running.connect() for _ in range(3)]
+            await whole.send(chat(bearer("all")))
+            await stream.send(asking("/v1/chat/completions", x_api_key("all"), body_of("m", stream=True)))
+            await other.send(chat(bearer("single")))
+            await until(lambda: len(running.dispatcher.scheduler.state.waiting) == 3)
+            await running.use_keys(KeyRing((SINGLE,), 8))
+            async with asyncio.timeout(5):
+                for each in (whole, stream):
+                    status, _, content = await each.answer()
+                    assert (status, json.loads(content)["error"]["code"]) == (401, "invalid_api_key")
+                await until(lambda: len(running.dispatcher.scheduler.state.waiting) == 1)
+            assert not recorder.heads
+
+    run(scenario())
+
+
+def test_what_began_without_a_key_ends_when_there_are_keys(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        async with engine(tmp_path / "m.sock", endless) as one, gateway({"m": one}, keys=KeyRing()) as running:
+            stream, socket_ = [await running.connect() for _ in range(2)]
+            await stream.send(asking("/v1/chat/completions", b"", body_of("m", stream=True)))
+            await stream.reader.readuntil(b"data: 1\n\n")
+            request = asking("/v1/realtime?model=m", b"Connection: Upgrade\r\nUpgrade: websocket\r\n", method="GET")
+            assert (await socket_.ask(request))[0] == 101
+            await running.use_keys(RING)
+            async with asyncio.timeout(5):
+                assert b"invalid_api_key" in await stream.reader.readuntil(b"[DONE]")
+                assert await socket_.rest() == b""
+
+    run(scenario())
+
+
+_OF_OTHERS = (Refusal.QUEUE_FULL, Refusal.NEVER_FITS, Refusal.BACKING_OFF, Refusal.GPUS_UNREADABLE, Refusal.WAITED_TOO_LONG)
+
+
+async def refused(running: Running, fields: bytes, model: str, refusal: Refusal, message: str) -> str:
+    """What a waiting request for `model` is told that the scheduler refuses, with the last lines of an engine's log."""
+    client = await running.connect()
+    await client.send(chat(fields, model))
+    await until(lambda: running.dispatcher.scheduler.state.waiting)
+    (request,) = running.dispatcher._admissions
+    running.dispatcher._perform(Refuse(request, refusal, message, tail=("a line of the log",)))
+    running.dispatcher.scheduler.state.waiting.clear()
+    running.dispatcher.scheduler.state.queues.clear()
+    status, _, content = await client.answer()
+    error = json.loads(content)["error"]
+    assert (status // 100, error["code"]) == (5, refusal)
+    said: str = error["message"]
+    return said
+
+
+def test_what_is_said_of_room_names_no_other_model_to_a_confined_key(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        async with guarded(tmp_path, ready=False) as (running, _):
+            running.lifecycle.start_s = 60
+            message = "other waits: m is in the way"
+            for refusal in _OF_OTHERS:
+                assert await refused(running, bearer("slow" if refusal == _OF_OTHERS[0] else "all"), "other", refusal, message)
+                said = await refused(running, bearer("narrow"), "other", refusal, message)
+                assert " m " not in said, said
+                assert "line of the log" not in said
+
+    run(scenario())
+
+
+def test_comments_tell_a_confined_key_nothing_of_other_models(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        settings_ = Gateway(loading_keepalive_s=0.05)
+        async with guarded(tmp_path, ready=False, settings=settings_) as (running, _):
+            running.lifecycle.start_s = 60
+            for key, expected in (("narrow", b": the model is not ready yet\n"), ("all", b": other is ")):
+                client = await running.connect()
+                await client.send(asking("/v1/chat/completions", bearer(key), body_of("other", stream=True)))
+                assert expected in await client.reader.readuntil(b"\n\n\r\n"), key
+
+    run(scenario())
+
+
+def test_a_key_for_an_adapter_does_not_learn_its_model_s_name_from_failures(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        base = Model("base/weights", "base-weights", EngineKind.SIM, gpus=0, lora={"adapter-of-m": "/"})
+        async with (
+            engine(tmp_path / "m.sock", Recorder()) as one,
+            gateway({"base-weights": one}, models=(base,), ready=False, keys=RING) as running,
+        ):
+            running.lifecycle.start_s = 60
+            for refusal in (Refusal.START_FAILED, Refusal.STOPPED, *_OF_OTHERS):
+                for message in ("base/weights: it exited with 1", "base-weights@cpu was stopped"):
+                    said = await refused(running, bearer("adapter"), "adapter-of-m", refusal, message)
+                    assert "base" not in said, said
+            said = await refused(running, bearer("all"), "adapter-of-m", Refusal.START_FAILED, "base/weights: it exited")
+            assert said == "base/weights: it exited"
+
+    run(scenario())
+
+
+def test_lines_of_engines_logs_are_for_administrators_where_there_are_keys_and_for_all_where_there_are_none(
+    tmp_path: Path,
+) -> None:
+    boss = Key("boss", digest(SECRETS["wrong"].encode()), scope=KeyScope.ADMIN)
+
+    async def scenario() -> None:
+        async with guarded(tmp_path, KeyRing(), ready=False) as (running, _):
+            running.lifecycle.start_s = 60
+            arguments = ("m", Refusal.START_FAILED, "m: it exited")
+            assert await refused(running, b"", *arguments) == "m: it exited\na line of the log"
+            await running.use_keys(KeyRing((ALL, boss), 8))
+            assert await refused(running, bearer("all"), *arguments) == "m: it exited"
+            assert await refused(running, bearer("wrong"), *arguments) == "m: it exited\na line of the log"
+
+    run(scenario())
+
+
 @asynccontextmanager
 async def guarded_beside(path: Path) -> AsyncIterator[tuple[Running, Recorder]]:
     beside = path / "beside"
@@ -653,18 +771,20 @@ def test_an_answer_that_an_engine_keeps_is_for_the_key_that_made_it(tmp_path: Pa
     run(scenario())
 
 
+async def endless(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    """An engine whose streams and WebSockets have no end."""
+    head = await reader.readuntil(b"\r\n\r\n")
+    if b"websocket" in head:
+        writer.write(b"HTTP/1.1 101 Switching Protocols\r\nConnection: Upgrade\r\nUpgrade: websocket\r\n\r\n")
+    else:
+        writer.write(b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nTransfer-Encoding: chunked\r\n\r\n")
+        writer.write(b"9\r\ndata: 1\n\n\r\n")
+    await writer.drain()
+    await reader.read()
+
+
 def test_a_revoked_key_s_streams_and_websockets_end(tmp_path: Path) -> None:
     async def scenario() -> None:
-        async def endless(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-            head = await reader.readuntil(b"\r\n\r\n")
-            if b"websocket" in head:
-                writer.write(b"HTTP/1.1 101 Switching Protocols\r\nConnection: Upgrade\r\nUpgrade: websocket\r\n\r\n")
-            else:
-                writer.write(b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nTransfer-Encoding: chunked\r\n\r\n")
-                writer.write(b"9\r\ndata: 1\n\n\r\n")
-            await writer.drain()
-            await reader.read()
-
         upgrade = b"Connection: Upgrade\r\nUpgrade: websocket\r\n"
         for change in ("revoked", "confined"):
             async with engine(tmp_path / "m.sock", endless) as one, gateway({"m": one}, keys=RING) as running:

@@ -9,11 +9,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import aiohttp
 import pytest
 from admin_gateway import Administered, scope_in, with_admin
 from relay_gateway import Script, chat_bytes, ok_answer, read_request, until
 
 from mmd.gateway.admin.openapi import document
+from mmd.keys import Key, KeyRing, KeyScope, digest, key_text
 from mmd.policy.actions import Sleep, Stop
 from mmd.policy.events import Observed, Phase
 from mmd.scope import ScopeKind
@@ -48,6 +50,16 @@ def test_the_document_refers_to_what_there_is(tmp_path: Path) -> None:
         assert set(re.findall(r'"#/components/schemas/(\w+)"', text)) == set(found["components"]["schemas"])
         identifiers = [each["operationId"] for methods in found["paths"].values() for each in methods.values()]
         assert len(identifiers) == len(set(identifiers))
+
+    with_admin(tmp_path, Script(), check)
+
+
+def test_the_document_says_where_a_key_may_be_asked_for(tmp_path: Path) -> None:
+    async def check(admin: Administered) -> None:
+        found = await admin.get("/api/v1/openapi.json")
+        for path, methods in found["paths"].items():
+            for method, each in methods.items():
+                assert {"401", "403"} <= each["responses"].keys(), (method, path)
 
     with_admin(tmp_path, Script(), check)
 
@@ -371,7 +383,7 @@ def test_logs_of_a_model_and_of_all(tmp_path: Path, journalctl: Path) -> None:
             "pid": 0,
         }
         words = (journalctl / "arguments").read_text().split()
-        assert words[-2:] == ["--lines=5", "--user-unit=mmd-model-m@*.service"]
+        assert words[-3:] == ["--lines=5", "--user-unit=mmd-model-m@*.service", "--user-unit=mmd-fetch-m.service"]
         await admin.events("/api/v1/logs", **{"Last-Event-ID": "s=a;i=2"})
         words = (journalctl / "arguments").read_text().split()
         assert words[-2:] == ["--after-cursor=s=a;i=2", "--user-unit=mmd-*"]
@@ -379,6 +391,32 @@ def test_logs_of_a_model_and_of_all(tmp_path: Path, journalctl: Path) -> None:
             assert answer.status == 400
 
     with_admin(tmp_path, Script(), check, scope=scope_in(tmp_path)._replace(kind=ScopeKind.USER))
+
+
+def test_streams_end_when_their_key_is_revoked(tmp_path: Path, journalctl: Path) -> None:
+    secrets = {name: key_text(name.encode().ljust(32, b".")) for name in ("gone", "stays")}
+    gone, stays = (Key(name, digest(secret.encode()), scope=KeyScope.ADMIN) for name, secret in secrets.items())
+
+    async def check(admin: Administered) -> None:
+        def follow(path: str, key: str) -> Any:
+            return admin.http.get(f"/api/v1/{path}?follow=true", headers={"x-api-key": secrets[key]})
+
+        for path in ("events", "logs"):
+            await admin.running.use_keys(KeyRing((gone, stays), 1))
+            async with follow(path, "gone") as ends, follow(path, "stays") as goes_on:
+                assert (ends.status, goes_on.status) == (200, 200)
+                await admin.running.use_keys(KeyRing((stays,), 2))
+                async with asyncio.timeout(5):
+                    with pytest.raises(aiohttp.ClientPayloadError):  # there is no proper end that says why
+                        await ends.content.read()
+                await until(lambda: len(admin.running.handlers) == 1)
+                assert not goes_on.content.at_eof()
+            async with follow(path, "gone") as refused:
+                assert refused.status == 401
+            await until(lambda: not admin.running.handlers)
+
+    scope = scope_in(tmp_path)._replace(kind=ScopeKind.USER)
+    with_admin(tmp_path, Script(), check, scope=scope, keys=KeyRing((gone, stays), 1))
 
 
 def test_logs_that_are_followed_end_with_the_gateway_and_with_their_client(tmp_path: Path, journalctl: Path) -> None:

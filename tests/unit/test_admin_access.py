@@ -378,3 +378,21 @@ def test_an_upgrade_goes_by_the_keys_in_force_and_what_they_have_used(tmp_path: 
         assert access.ring == later, "a gateway that knows of no keys says nothing of them"
 
     run(scenario())
+
+
+def test_a_relieved_gateway_goes_by_later_keys_and_takes_none_itself(tmp_path: Path) -> None:
+    later = RING.revoke("operator")
+
+    async def body(admin: Admin) -> None:
+        keeper, access = admin.keeper, admin.running.inference.access
+        keeper.relieved = True
+        status, said = await admin.on_socket("PUT", "/api/v1/keys", later.render().encode())
+        assert (status, said["error"]["code"]) == (503, "gateway_replaced"), "its successor would never know of them"
+        assert access.ring == RING
+        keeper.follow(later.render())
+        assert access.ring == later
+        assert (await admin.ask("GET", "/api/v1/logs", ADMIN))[0] == 401
+        keeper.follow(RING.render())
+        assert access.ring == later, "earlier ones that were long under way"
+
+    check(tmp_path, body)

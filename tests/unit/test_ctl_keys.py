@@ -147,6 +147,9 @@ def test_json_is_all_of_standard_output(instance: Instance) -> None:
         (("add", "ci", "--rate", "60"), "--rate: '60' is not a rate such as 60/min"),
         (("add", "ci", "--concurrency", "0"), "--concurrency: 0 is not a whole number from 1"),
         (("add", "ci", "--models", ""), "--models: '' is not a name"),
+        (("add", "ci", "--scope", "read", "--models", "m"), "limits inference, which a key of the scope read is not good for"),
+        (("add", "ci", "--scope", "read", "--rate", "5/s"), "limits inference, which a key of the scope read"),
+        (("add", "ci", "--scope", "read", "--concurrency", "2"), "limits inference, which a key of the scope read"),
         (("add",), "the following arguments are required: NAME"),
         ((), "the following arguments are required: COMMAND"),
     ],
@@ -226,6 +229,15 @@ def test_a_gateway_that_refuses_is_an_error_but_the_key_is_there(instance: Insta
     assert "mmd-gateway goes on with the keys that it has: answered 500" in done.stderr
     assert "systemctl --user restart mmd-gateway.service" in done.stderr
     assert instance.ring().find(done.stdout.strip().encode()) is not None
+
+
+def test_a_gateway_that_is_replaced_meanwhile_is_asked_again(instance: Instance, gateway: Gateway) -> None:
+    gateway.keys_first = 503
+    with serving(gateway, instance.socket):
+        done = instance.run("add", "ci")
+    assert done.returncode == 0
+    assert "mmd-gateway has taken it up" in done.stderr
+    assert gateway.asked == 2 * [("PUT", "/api/v1/keys", instance.file.read_text())]
 
 
 def test_a_file_that_systemd_would_not_pass_on_is_not_written(instance: Instance) -> None:

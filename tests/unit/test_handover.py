@@ -11,7 +11,7 @@ import pytest
 import uvloop
 
 from mmd.gateway.channel import Channel
-from mmd.gateway.handover import Client, KeysTaken, Predecessor, Successor, Taken, UnitTaken
+from mmd.gateway.handover import Client, KeysTaken, Predecessor, Prepared, Successor, Taken, UnitTaken, _FromSuccessor
 from mmd.gateway.relay.head import RequestParser
 from mmd.systemd.activation import ListenSocket
 
@@ -141,6 +141,41 @@ def test_a_client_goes_over_with_what_was_read_of_it() -> None:
         successor.dismiss()
 
     run(scenario)
+
+
+def test_a_relieved_gateway_hears_of_other_keys_and_one_that_knows_no_such_message_leaves_it_out(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    async def scenario() -> None:
+        ours, theirs = pair()
+        successor = Successor(lambda: None)
+        successor._channel = Channel(ours, _FromSuccessor, successor._hear, successor._ended)
+        heard: list[str] = []
+        successor.on_keys = heard.append
+        predecessor = Predecessor(theirs)
+        predecessor.change_keys("serial: 8")
+        predecessor.change_keys("#" * (1 << 20))
+        await until(lambda: len(heard) == 2)
+        assert heard == ["serial: 8", "#" * (1 << 20)]
+        again = Predecessor(predecessor.detach())
+        again.change_keys("serial: 9")
+        await until(lambda: heard[2:] == ["serial: 9"])
+        again.close()
+        successor.dismiss()
+
+        ours, theirs = pair()
+        prepared: list[object] = []
+        old = Channel(ours, Prepared, lambda message, _: prepared.append(message), lambda: None)  # as 0.1.0 listens
+        predecessor = Predecessor(theirs)
+        predecessor.change_keys("serial: 8")
+        predecessor.prepared()
+        await until(lambda: prepared)
+        assert (prepared, old.open) == ([Prepared()], True)
+        old.close()
+        predecessor.close()
+
+    run(scenario)
+    assert caplog.text.count("is not understood") == 1
 
 
 _FRESH = """

@@ -1,8 +1,10 @@
 """Answers that engines keep: found by their id whichever process has seen it first, and after an upgrade or a crash."""
 
 import asyncio
+import contextlib
 import json
 import socket
+import sqlite3
 import time
 from pathlib import Path
 
@@ -13,7 +15,9 @@ from relay_gateway import Connection, Running, chat_bytes, ok_answer, read_reque
 from mmd.gateway.answer_book import AnswerBook
 from mmd.gateway.channel import Channel
 from mmd.gateway.handover import KeysTaken, Predecessor, Successor
-from mmd.gateway.relay.kept import KEPT_MAX
+from mmd.gateway.relay.kept import KEPT_MAX, KeptAnswers, with_owner
+from mmd.gateway.relay.visitor import Visitor
+from mmd.keys import Key, KeyScope, digest
 from mmd.names import CPU, UnitName
 from mmd.policy.events import Observed, Phase
 
@@ -232,3 +236,29 @@ def test_a_book_that_cannot_be_written_is_done_without(tmp_path: Path, caplog: p
 
     asyncio.run(main())
     assert caplog.text.count("which engine keeps which answer is not kept") == 2
+
+
+def test_answers_that_an_earlier_version_wrote_down_have_no_owner(tmp_path: Path) -> None:
+    file = tmp_path / "answers.sqlite"
+    with contextlib.closing(sqlite3.connect(file, isolation_level=None)) as database:  # as 0.1.0 made it
+        database.execute("PRAGMA journal_mode = WAL")
+        database.execute("PRAGMA user_version = 1")
+        database.execute("CREATE TABLE answer (number INTEGER PRIMARY KEY, id TEXT NOT NULL UNIQUE, model TEXT NOT NULL)")
+        database.execute("REPLACE INTO answer (id, model) VALUES ('resp_old', 'demo/m')")
+
+    async def main() -> None:
+        book, kept = AnswerBook(file), KeptAnswers()
+        kept.inherit(book.load())
+        assert (kept.find("resp_old"), kept.owner("resp_old")) == ("demo/m", "")
+        use, boss = (Visitor(Key(scope.value, digest(scope.encode()), scope=scope)) for scope in (KeyScope.USE, KeyScope.ADMIN))
+        assert not use.owns(kept.owner("resp_old"))
+        assert boss.owns(kept.owner("resp_old"))
+        book.note("resp_new", with_owner("demo/m", use.owner))
+        book.close()
+        book, kept = AnswerBook(file), KeptAnswers()
+        kept.inherit(book.load())
+        assert (kept.owner("resp_old"), kept.owner("resp_new")) == ("", use.owner)
+        assert use.owns(kept.owner("resp_new"))
+        book.close()
+
+    asyncio.run(main())

@@ -105,6 +105,9 @@ def test_mistakes_are_named_with_their_place(text: str, expected: list[str]) -> 
         ),
         ("created: 2026-01-31", "created: '2026-01-31' is not a time (RFC 3339) (write 2026-01-31T12:00:00Z)"),
         ("created: 0001-01-01T00:00:00+01:00", "created: '0001-01-01T00:00:00+01:00' is not a time (RFC 3339)"),
+        ("scope: read, models: [m]", "models: limits inference, which a key of the scope read is not good for (remove it)"),
+        ("scope: read, rate: 5/s", "rate: limits inference, which a key of the scope read is not good for (remove it)"),
+        ("concurrency: 2, scope: read", "concurrency: limits inference, which a key of the scope read is not good for"),
         ("scope: use, scope: admin", "scope: given twice, first in line 3"),
     ],
 )

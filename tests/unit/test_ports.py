@@ -1,6 +1,7 @@
 """Models' own ports: sockets that are handed over by the program that systemd runs, and what HTTP ones do with requests."""
 
 import asyncio
+import contextlib
 import json
 import os
 import socket
@@ -12,7 +13,20 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from relay_gateway import OK, Connection, Running, Script, chat_bytes, engine, gateway, ok_answer, outer_address, run, until
+from relay_gateway import (
+    OK,
+    Connection,
+    Running,
+    Script,
+    chat_bytes,
+    engine,
+    gateway,
+    ok_answer,
+    outer_address,
+    read_request,
+    run,
+    until,
+)
 
 from mmd.config import Config, EngineKind, Filters, Gateway, Model, PortProtocol
 from mmd.gateway.ports import Ports, is_port
@@ -22,6 +36,7 @@ from mmd.gateway.relay.kept import KeptAnswers
 from mmd.gateway.relay.port_route import PortRoute
 from mmd.gateway.requests import cancel, requests_on
 from mmd.gateway.serving import Serving
+from mmd.keys import Key, KeyRing, digest, key_text
 from mmd.systemd.activation import ListenSocket
 
 
@@ -318,6 +333,45 @@ def test_a_large_body_is_refused_in_words(tmp_path: Path) -> None:
             assert await there.unit("open", "m", listening) == 0
             status, content = await ask(listening, b'{"x": "' + b"x" * 2000 + b'"}')
             assert (status, json.loads(content)["error"]["code"]) == (413, "body_too_large")
+        listening.close()
+
+    run(work())
+
+
+@pytest.mark.parametrize("workers", [0, 2], ids=["alone", "workers"])
+def test_an_answer_that_is_kept_is_for_the_key_that_made_it_at_a_port_as_well(tmp_path: Path, workers: int) -> None:
+    secrets = {name: key_text(name.encode().ljust(32, b".")) for name in ("maker", "other")}
+    ring = KeyRing(tuple(Key(name, digest(secret.encode())) for name, secret in secrets.items()), 1)
+
+    async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        with contextlib.suppress(asyncio.IncompleteReadError):
+            while True:
+                await read_request(reader)
+                writer.write(ok_answer(b'{"id": "resp_1", "choices": []}'))
+                await writer.drain()
+
+    async def work() -> None:
+        listening = socket.create_server(("127.0.0.1", 0))
+        async with site(tmp_path, answer, workers=workers) as there:
+            await there.configure(model(address(listening)))
+            assert await there.unit("open", "m", listening) == 0
+            await there.running.use_keys(ring)
+
+            async def asked(key: str, method: str, path: str, body: str = "") -> int:
+                reader, writer = await asyncio.open_connection(*listening.getsockname()[:2])
+                head = (
+                    f"{method} {path} HTTP/1.1\r\nHost: x\r\nx-api-key: {secrets[key]}\r\nContent-Length: {len(body)}\r\n\r\n"
+                )
+                status, *_ = await Connection(reader, writer).ask((head + body).encode())
+                writer.transport.abort()
+                return status
+
+            assert await asked("maker", "POST", "/v1/responses", '{"model": "m", "input": "hi"}') == 200
+            await until(lambda: there.running.dispatcher.kept().owner("resp_1"))
+            going_on = '{"model": "m", "input": "hi", "previous_response_id": "resp_1"}'
+            for key, expected in (("other", 404), ("maker", 200)):
+                assert await asked(key, "GET", "/v1/responses/resp_1") == expected
+                assert await asked(key, "POST", "/v1/responses", going_on) == expected
         listening.close()
 
     run(work())

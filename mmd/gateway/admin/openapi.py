@@ -106,9 +106,8 @@ def _parameters(route: Route) -> Iterator[dict[str, Any]]:
 
 
 def _statuses(route: Route) -> Iterable[int]:
-    """400: parameters, a body, or HTTP itself. 403: over TCP, see gateway.admin_auth."""
-    guarded = route.method != "GET" or route.private
-    return sorted({400, *((403,) if guarded else ()), *route.errors})
+    """400: parameters, a body, or HTTP itself. 401 and 403: over TCP, where there are keys; see gateway.admin_auth."""
+    return sorted({400, 401, 403, *route.errors})
 
 
 def _error(status: int) -> dict[str, Any]:

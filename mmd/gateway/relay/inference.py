@@ -384,7 +384,7 @@ class InferenceExchange(WaitingExchange):
     def fail(self, error: ApiError) -> None:
         """As an event where the stream allows it, so that it ends as a stream should."""
         if self._visitor is not None:
-            error = self._visitor.veil(error)
+            error = self._visitor.veil(error, self._model)
         if not (self.started and self._events) or self.over:
             super().fail(error)
             return

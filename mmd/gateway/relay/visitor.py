@@ -25,6 +25,9 @@ _OF_OTHERS: Final = {
     "waited_too_long": "the model was not ready in time",
 }
 
+# For a key that may use an adapter only, where more would name the model that has it.
+_OF_ADAPTERS: Final = "the model that has this adapter has failed, was stopped, or does not answer"
+
 # When a request of a key that has as many under way as it may is worth trying again: nobody knows when one of them ends.
 _AGAIN_S: Final = 1.0
 
@@ -155,14 +158,21 @@ class Visitor:
     def leave(self) -> None:
         self.in_flight -= 1
 
-    def veil(self, error: ApiError) -> ApiError:
+    def veil(self, error: ApiError, model: "Model | None") -> ApiError:
         """As its key may see it: lines of engines' logs are for administrators, and names of other models not for those
-        who are confined to some."""
+        who are confined to some; nor that of `model`, which was asked for, for those who may only use an adapter of it."""
         if self.confined and error.code == "model_not_found":
             return self.no_such_model()
         if self.key is None or self.admin or not (self.confined or error.tail):
             return error
         words = _OF_OTHERS.get(error.code, "") if self.confined else ""
+        if (
+            not words
+            and model is not None
+            and not self.may_see(model)
+            and (model.name in error.message or model.id in error.message)
+        ):
+            words = _OF_ADAPTERS
         return ApiError(
             error.status,
             words or error.message,
