@@ -281,6 +281,11 @@ class Model(NamedTuple):
     line: int = 0
 
     @property
+    def is_private(self) -> bool:
+        """Whether its definition holds what only root may give (mmd.model_settings.ROOT_ONLY)."""
+        return self.user is not None or bool(self.secrets)
+
+    @property
     def gpu_count(self) -> int:
         return self.gpus if isinstance(self.gpus, int) else len(self.gpus)
 

@@ -357,8 +357,8 @@ NAME = _matching(
 ID = _matching("a unit id", r"[a-z0-9][a-z0-9._-]{0,62}", "lower-case letters, digits, and . _ - after the first character")
 USER = _matching(
     "a system user for engines",
-    r"(?!(?:root|mmd|mmd-fetch|mmd-journal|mmd-probe|mmd-relay)(?![\s\S]))[a-z_][a-z0-9_-]{0,30}",
-    "the name of one that exists, and is neither root nor one of mmd's own services",
+    r"(?!(?:root|mmd|mmd-fetch|mmd-journal|mmd-probe|mmd-relay)(?![\s\S]))(?!mmd-m-)[a-z_][a-z0-9_-]{0,30}",
+    "the name of one that exists, and is neither root nor one of mmd's own",
 )
 RESOURCE_NAME = _matching("a resource name", r"[a-z][a-z0-9._-]{0,62}", "lower-case letters, digits, . _ -")
 VARIABLE_NAME = _matching("a name of an environment variable", r"[A-Za-z_][A-Za-z0-9_]*")

@@ -131,15 +131,17 @@ def is_unit_id(text: str) -> bool:
     return re.fullmatch(_ID, text) is not None
 
 
-def model_user(unit_id: str) -> str:
+def model_user(unit_id: str, *, private: bool = False) -> str:
     """The system user that the engines of a model run as, of 29 characters at most: `mmd-m-` and the unit id.
 
-    An id that is long, or has a `.` or `_`, which names of users do without, is shortened, and told from others by a hash.
+    An id that is long, or has a `.` or `_`, which names of users do without, is shortened, and told from others by a hash. With
+    `private` it is always a hash, of what no id can be: a model whose definition holds what is root's must not follow one of the
+    same id that a member of mmd-admin had added.
     """
-    if re.fullmatch(_PLAIN_ID, unit_id):
+    if not private and re.fullmatch(_PLAIN_ID, unit_id):
         return _USER_PREFIX + unit_id
     readable = re.sub(r"[._]", "-", unit_id)[:_READABLE]
-    digest = blake2b(unit_id.encode(), digest_size=16).hexdigest()
+    digest = blake2b((f"private/{unit_id}" if private else unit_id).encode(), digest_size=16).hexdigest()
     return _USER_PREFIX + f"{readable}-{digest}"[:_LONG]
 
 

@@ -81,9 +81,14 @@ class Scope(NamedTuple):
         """One directory per model whose weights are fetched, where it is told why that failed (mmd.hub)."""
         return self.model_dir.with_name("mmd-fetch")
 
-    def model_cache_dir(self, unit_id: str) -> Path:
-        """What a model's engines may write and find again; a user's own engines share one."""
-        return self.cache_dir / "models" / unit_id if self.kind is ScopeKind.SYSTEM else self.cache_dir
+    def model_cache_dir(self, unit_id: str, *, private: bool = False) -> Path:
+        """What a model's engines may write and find again; a user's own engines share one.
+
+        `private`: see mmd.names.model_user. What an engine of the same id has left before must not run with root's secrets.
+        """
+        return (
+            self.cache_dir / ("private" if private else "models") / unit_id if self.kind is ScopeKind.SYSTEM else self.cache_dir
+        )
 
     def unit_dir(self, unit: UnitName) -> Path:
         """The runtime directory of one model unit."""

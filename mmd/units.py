@@ -174,11 +174,11 @@ class _ModelUnit(NamedTuple):
     @property
     def _home(self) -> Path:
         """The unit's CacheDirectory: all that it may write and finds again."""
-        return self.scope.model_cache_dir(self.model.id)
+        return self.scope.model_cache_dir(self.model.id, private=self.model.is_private)
 
     @property
     def _user_name(self) -> str:
-        return self.model.user or model_user(self.model.id)
+        return self.model.user or model_user(self.model.id, private=self.model.is_private)
 
     @property
     def _gpu_memory(self) -> dict[int, int]:
@@ -313,7 +313,7 @@ class _ModelUnit(NamedTuple):
         yield comment("The runner's report outlives it: the gateway reads there why a model failed.")
         yield "RuntimeDirectoryPreserve", "yes"
         if self.scope.kind is ScopeKind.SYSTEM:
-            yield from (("CacheDirectory", f"mmd/models/{self.model.id}"), ("CacheDirectoryMode", "0700"))
+            yield from (("CacheDirectory", f"mmd/{self._home.parent.name}/{self.model.id}"), ("CacheDirectoryMode", "0700"))
         else:
             yield "CacheDirectory", "mmd"
         yield comment("The gateway connects to the engine's socket as a member of the group.")

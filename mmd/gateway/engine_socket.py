@@ -24,6 +24,7 @@ import struct
 from collections.abc import Callable
 from typing import Final, TypeVar
 from urllib.parse import urlsplit
+from weakref import WeakKeyDictionary
 
 from mmd.errors import MmdError
 from mmd.foreign_file import open_directory
@@ -57,6 +58,17 @@ _NOT_A_SOCKET: Final = frozenset((errno.ELOOP, errno.ENOTDIR))
 """What open(2) says of a symlink (O_NOFOLLOW, O_DIRECTORY)."""
 
 P = TypeVar("P", bound=asyncio.BaseProtocol)
+
+
+# Opened at the same time by one process: meanwhile each takes a descriptor more than when it is open, and a burst of requests
+# must not exhaust those that mmd.gateway.places leaves for engines.
+_OPENING_MAX: Final = 8
+
+_opening: Final[WeakKeyDictionary[asyncio.AbstractEventLoop, asyncio.Semaphore]] = WeakKeyDictionary()
+
+
+def _opening_in(loop: asyncio.AbstractEventLoop) -> asyncio.Semaphore:
+    return _opening.setdefault(loop, asyncio.Semaphore(_OPENING_MAX))
 
 
 class EngineGoneError(MmdError):
@@ -169,15 +181,16 @@ class EngineAddress:
     async def _connect_unix(self, loop: asyncio.AbstractEventLoop, make: Callable[[], P]) -> tuple[asyncio.Transport, P, int]:
         wait_s = _RETRY_FIRST_S
         while True:
-            found, owner = self._open_socket()
-            try:
-                opened, protocol = await loop.create_unix_connection(make, f"/proc/self/fd/{found}")
-            except BlockingIOError:  # the backlog is full: a Unix socket does not wait, EAGAIN in connect(2)
-                pass
-            else:
-                return opened, protocol, owner
-            finally:
-                os.close(found)
+            async with _opening_in(loop):
+                found, owner = self._open_socket()
+                try:
+                    opened, protocol = await loop.create_unix_connection(make, f"/proc/self/fd/{found}")
+                except BlockingIOError:  # the backlog is full: a Unix socket does not wait, EAGAIN in connect(2)
+                    pass
+                else:
+                    return opened, protocol, owner
+                finally:
+                    os.close(found)
             await asyncio.sleep(wait_s)
             wait_s = min(2 * wait_s, _RETRY_MAX_S)
 

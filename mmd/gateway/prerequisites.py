@@ -32,7 +32,8 @@ def why_not_started(scope: Scope, model: Model | None, since: float) -> Why | No
     """What made a start job end as `dependency`, which began at `since` (Unix seconds)."""
     if model is None:
         return None
-    units = [f"mmd-user@{model_user(model.id)}.service"] if model.user is None else []
+    user = model_user(model.id, private=model.is_private)
+    units = [f"mmd-user@{user}.service"] if model.user is None else []
     if wanted(model, scope):
         lines = _said(scope.fetch_dir / model.id, since)
         if lines:

@@ -32,18 +32,15 @@ def rings(draw: st.DrawFn) -> tuple[KeyRing, dict[str, Key]]:
     """A ring, and its keys by what clients would show."""
     secrets = draw(st.lists(SECRETS, max_size=5, unique=True))
     names = draw(st.lists(NAMES, min_size=len(secrets), max_size=len(secrets), unique=True))
-    keys = {
-        secret: Key(
-            name,
-            digest(secret.encode()),
-            draw(st.sampled_from(KeyScope)),
-            tuple(draw(st.lists(GLOBS, max_size=3))),
-            draw(st.none() | LIMITS),
-            draw(st.none() | st.integers(1, 1_000_000)),
-            draw(st.none() | CREATED),
-        )
-        for secret, name in zip(secrets, names, strict=True)
-    }
+    keys = {}
+    for secret, name in zip(secrets, names, strict=True):
+        scope = draw(st.sampled_from(KeyScope))
+        # A key to look with has no limits of inference.
+        limits: tuple[tuple[str, ...], Limit | None, int | None] = ((), None, None)
+        if scope is not KeyScope.READ:
+            globs, rate = tuple(draw(st.lists(GLOBS, max_size=3))), draw(st.none() | LIMITS)
+            limits = (globs, rate, draw(st.none() | st.integers(1, 1_000_000)))
+        keys[secret] = Key(name, digest(secret.encode()), scope, *limits, draw(st.none() | CREATED))
     return KeyRing(tuple(keys.values()), draw(st.integers(0, 10**15))), keys
 
 

@@ -55,3 +55,12 @@ def test_a_user_is_not_found_by_trying_ids(unit_id: str) -> None:
     """Members of mmd-admin choose ids: one with another model's user would read its cache and its secrets."""
     said, _, digest = model_user(unit_id).removeprefix("mmd-m-").rpartition("-")
     assert model_user(unit_id) == f"mmd-m-{unit_id}" or (len(digest) >= 16 and len(said) <= 6)
+
+
+@given(_IDS, _IDS)
+@example("m", "m")
+def test_a_model_that_is_roots_has_no_user_of_another(private: str, other: str) -> None:
+    """A member of mmd-admin may have had a model of the same id, and left programs in its cache."""
+    assert model_user(private, private=True) != model_user(other)
+    assert is_model_user(model_user(private, private=True))
+    assert (model_user(private, private=True) == model_user(other, private=True)) is (private == other)

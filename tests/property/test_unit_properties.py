@@ -100,7 +100,7 @@ def test_text_stays_in_its_directive(where: tuple[str, ...], value: str, shape: 
         if name.startswith("mmd-model-"):
             service = [(key, said) for section, key, said in found if section == "Service"]
             (found_model,) = loaded.config.models.values()
-            user = found_model.user or model_user(found_model.id)
+            user = found_model.user or model_user(found_model.id, private=found_model.is_private)
             assert service[:2] == [("User", user), ("Group", "mmd-model")]
             assert [said for key, said in service if key == "User"] == [user]
             assert user not in ("root", "mmd", "0")

@@ -347,7 +347,7 @@ def test_openais_clients_see_errors_as_they_know_them(client: openai.OpenAI) -> 
 
 @pytest.mark.parametrize("method", ["GET", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"])
 def test_programs_are_reached_by_every_method_and_path(gateway: SimGateway, method: str) -> None:
-    target = "//a/../%2e%2e/%2F;x?a=b&model=none#"[:-1]
+    target = "//a/b.%2Ec/%2F;x?a=b&model=none#"[:-1]
     answer = curl(gateway, f"/upstream/program{target}", "-X", method, "-d", "\r\nbody")
     assert answer.json == {"method": method, "target": target, "body": "\r\nbody"}
 
