@@ -135,8 +135,8 @@ def model_user(unit_id: str, *, private: bool = False) -> str:
     """The system user that the engines of a model run as, of 29 characters at most: `mmd-m-` and the unit id.
 
     An id that is long, or has a `.` or `_`, which names of users do without, is shortened, and told from others by a hash. With
-    `private` it is always a hash, of what no id can be: a model whose definition holds what is root's must not follow one of the
-    same id that a member of mmd-admin had added.
+    `private` it is always a hash, of what no id can be: a model whose definition holds what is root's must not follow one of
+    the same id that a member of mmd-admin had added.
     """
     if not private and re.fullmatch(_PLAIN_ID, unit_id):
         return _USER_PREFIX + unit_id

@@ -89,16 +89,17 @@ put_manuals() {
 }
 
 make_users() {
-    local old
+    local old folder
     systemd-sysusers mmd.conf
     # Engines of 0.1.0 owned all of the cache. What one of them left at the place of a model's own folder is not for that model.
     if [[ $(stat --format=%U /var/cache/mmd 2>/dev/null) == mmd-model ]]; then
         chown root:root /var/cache/mmd
-        if [[ -e /var/cache/mmd/models || -L /var/cache/mmd/models ]]; then
+        for folder in models private; do
+            [[ -e /var/cache/mmd/$folder || -L /var/cache/mmd/$folder ]] || continue
             old=$(mktemp -d /var/cache/mmd/.old.XXXXXX)
-            mv -T /var/cache/mmd/models "$old/models"
+            mv -T "/var/cache/mmd/$folder" "$old/$folder"
             rm -rf --one-file-system "$old" || true # engines that still run may be writing there
-        fi
+        done
     fi
     systemd-tmpfiles --create mmd.conf
     remark "mmd, mmd-fetch, mmd-journal, mmd-probe, groups mmd-admin, mmd-model"
