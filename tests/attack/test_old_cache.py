@@ -20,4 +20,3 @@ def test_no_model_finds_what_an_engine_left_for_it(installed: Installation) -> N
     assert set(owners) == {"root"}
     owner = installed.run("stat", "--format=%U", "/var/cache/mmd/huggingface/hub/weights").stdout.strip()
     assert owner == "mmd-fetch", "they are not fetched again"
-    installed.run("userdel", "mmd-model")
