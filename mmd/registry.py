@@ -226,7 +226,7 @@ def _check_rights(loaded: Loaded, scope: Scope, models: Mapping[str, Any]) -> No
         given = sorted(ROOT_ONLY & set(settings)) if isinstance(settings, Mapping) else []
         if given:
             key = f"models.{name}.{given[0]}"
-            raise RegistryError(Fault.INVALID, f"{key}: only root may set it", hint=f"in {scope.config_file}", key=key)
+            raise RegistryError(Fault.INVALID, f"{key}: only root may set it", hint=f"by hand, in {scope.config_file}", key=key)
         model, gateway = loaded.config.models.get(name), loaded.config.gateway
         if model is None or model.port is None or gateway.added_ports is AddedPorts.ANY:
             continue

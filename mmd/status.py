@@ -61,6 +61,8 @@ class GatewayStatus:
     reloaded: float | None = None
     problems: tuple[str, ...] = ()
     """What is wrong with the configuration, one message each; the last good one is in use."""
+    warnings: tuple[str, ...] = ()
+    """What the configuration in use permits, and is probably not meant: addresses that need no API key, secrets in `env`."""
     gpu_problem: str = ""
     """Why the GPUs cannot be read at present; what was last known of them is in use."""
 
@@ -218,7 +220,7 @@ class Status:
         """For somebody who may see neither what engines log, nor what is written in the configuration."""
         hidden = (f"{len(self.gateway.problems)}, not shown without a key for administration",) if self.gateway.problems else ()
         models = tuple(model.without_private() for model in self.models)
-        return replace(self, gateway=replace(self.gateway, problems=hidden), models=models)
+        return replace(self, gateway=replace(self.gateway, problems=hidden, warnings=()), models=models)
 
     @classmethod
     def from_json(cls, raw: Mapping[str, Any]) -> "Status":

@@ -63,6 +63,9 @@ def overview(context: Context, status: Status, now_s: float) -> list[str]:
     problems = list(_problems(context, status))
     if problems:
         lines += ["", terminal.paint("Problems", Colour.BOLD), *problems]
+    if status.gateway.warnings:
+        warnings = (f"  configuration: {printable(warning)}" for warning in status.gateway.warnings)
+        lines += ["", terminal.paint("Warnings", Colour.BOLD), *warnings]
     return lines
 
 

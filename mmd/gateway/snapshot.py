@@ -71,7 +71,8 @@ class Snapshot:
             workers=self.workers,
             systemd=self.systemd,
             reloaded=self.reloaded,
-            problems=self.problems + self.key_problems + self.warnings,
+            problems=self.problems + self.key_problems,
+            warnings=self.warnings,
             gpu_problem=self._memory.problem,
         )
 

@@ -9,6 +9,7 @@ import sys
 import threading
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -59,6 +60,16 @@ def test_status_shows_the_gateway_its_gpus_its_models_and_what_is_wrong(gateway:
     assert "| log line 6" in result.stdout
     assert "mmdctl logs demo/broken" in result.stdout
     assert "\x1b" not in result.stdout
+
+
+def test_status_tells_warnings_apart_from_problems(gateway: Gateway, path: Path) -> None:
+    warned = replace(gateway.status.gateway, warnings=("mmd.yaml:3: gateway.listen.0: other machines reach it",))
+    with serving(replace(gateway, status=replace(gateway.status, gateway=warned)), path):
+        shown = run(["status"], path=path).stdout
+    warnings = shown.partition("\nWarnings\n")[2]
+    assert warnings == "  configuration: mmd.yaml:3: gateway.listen.0: other machines reach it\n"
+    assert "the last good one is in use" not in shown
+    assert Status.without_private(replace(gateway.status, gateway=warned)).gateway.warnings == ()
 
 
 def test_status_of_some_models_and_as_json(gateway: Gateway, path: Path) -> None:
