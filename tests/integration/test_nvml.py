@@ -127,6 +127,8 @@ def _install_fake(testbed: Installation) -> None:
     library.mkdir(parents=True)
     build_library(library)
     testbed.write("/etc/systemd/system/mmd-gpu-probe@.service.d/fake.conf", _DROP_IN)
+    # A working directory is for reading only (mmd.sandbox): what engines need besides, a drop-in gives, here for all of them.
+    testbed.write("/etc/systemd/system/mmd-model-.service.d/fake.conf", f"[Service]\nReadWritePaths={_DIRECTORY}\n")
     testbed.write(_STATE, _ONE_GPU)
     testbed.write(f"{_DIRECTORY}/state.lock", "", 0o666)
 
@@ -154,7 +156,8 @@ def machine(request: pytest.FixtureRequest, installed: Installation) -> Iterator
     assert real or machine.tells_processes()
     yield machine
     installed.stop_all()
-    installed.run("rm", "-rf", _DIRECTORY, "/etc/systemd/system/mmd-gpu-probe@.service.d")
+    drop_ins = [f"/etc/systemd/system/{unit}.service.d" for unit in ("mmd-gpu-probe@", "mmd-model-")]
+    installed.run("rm", "-rf", _DIRECTORY, *drop_ins)
     installed.systemctl("daemon-reload")
 
 
