@@ -23,7 +23,8 @@ def readable(text: str) -> bool:
     return True
 
 
-GLOBS = st.text(min_size=1, max_size=30).filter(readable) | st.text(string.printable[:95] + "*?[", min_size=1, max_size=10)
+_GLOB = st.text(min_size=1, max_size=30) | st.text(string.printable[:95] + "*?[", min_size=1, max_size=10)
+GLOBS = _GLOB.filter(readable)
 CREATED = st.datetimes(datetime(1970, 1, 1), datetime(9999, 12, 30), timezones=st.just(UTC))  # noqa: DTZ001 - hypothesis's way
 
 
