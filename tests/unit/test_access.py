@@ -708,7 +708,7 @@ def test_what_earlier_gateways_still_answer_counts() -> None:
 
 
 @given(st.lists(st.sampled_from(["enter", "leave", "renew", "tick"]), max_size=60), st.integers(1, 4))
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_concurrency_is_never_exceeded_nor_lost(steps: list[str], most: int) -> None:
     key = Key("k", ALL.sha256, concurrency=most)
     access = Access()

@@ -96,7 +96,7 @@ def test_text_that_is_none_in_utf_8_arrives_as_well(kind: Any, union: Any) -> No
     run(check())
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(st.lists(st.tuples(st.integers(0, 300_000), st.integers(0, 3)), min_size=1, max_size=8))
 def test_messages_keep_their_order_and_their_descriptors(sizes: list[tuple[int, int]]) -> None:
     async def check() -> None:
