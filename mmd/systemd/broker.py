@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 from typing import Final
 
-from mmd.systemd.peer import peer_of
+from mmd.systemd.peer import Peer, serve_gateway
 from mmd.systemd.worker import serve
 
 __all__ = ["main"]
@@ -20,13 +20,12 @@ _TEMPLATES: Final = Path("/run/systemd/generator")
 
 
 def main() -> int:
-    """Serves the connection on standard input, which systemd has accepted (Accept=yes, systemd.socket(5))."""
-    with socket.socket(fileno=sys.stdin.fileno()) as connection:
-        peer = peer_of(connection)
-        if not peer.is_gateway:
-            print(f"refused: {peer} is not the gateway", file=sys.stderr)
-            return 1
-        return serve(connection, user=False, templates=_TEMPLATES)
+    """Serves one connection of the gateway; the exit status."""
+    return serve_gateway(_serve)
+
+
+def _serve(connection: socket.socket, _: Peer) -> int:
+    return serve(connection, user=False, templates=_TEMPLATES)
 
 
 if __name__ == "__main__":

@@ -11,10 +11,8 @@ and an entry is passed on only if it is of a unit of mmd by fields that cannot b
 import asyncio
 import json
 import re
-import select
 import socket
 import sys
-import time
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from dataclasses import asdict
@@ -24,7 +22,7 @@ from typing import Any, Final
 from mmd.errors import MmdError
 from mmd.names import is_unit_id
 from mmd.systemd.journal import CURSOR_PATTERN, LINES_MAX, JournalEntry, JournalQuery, entries
-from mmd.systemd.peer import peer_of
+from mmd.systemd.peer import Peer, read_line, serve_gateway
 from mmd.systemd.request import RequestError, parse_object
 
 __all__ = ["main", "parse_query", "served_entries"]
@@ -93,29 +91,20 @@ async def _answers(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -
 
 
 def main() -> int:
-    """Answers one request on standard input, a connection that systemd has accepted (Accept=yes, systemd.socket(5))."""
-    with socket.socket(fileno=sys.stdin.fileno()) as connection:
-        peer = peer_of(connection)
-        if not peer.is_gateway:
-            print(f"refused: {peer} is not the gateway", file=sys.stderr)
-            return 1
-        try:
-            query = parse_query(_read_line(connection))
-        except RequestError as error:
-            print(f"refused: {error}", file=sys.stderr)
-            return 1
-        return asyncio.run(_serve(connection, query))
+    """Answers one request of the gateway; the exit status."""
+    return serve_gateway(_answer_one)
 
 
-def _read_line(connection: socket.socket) -> bytes:
-    line, deadline_s = b"", time.monotonic() + _REQUEST_LIMIT_S
-    while not line.endswith(b"\n"):
-        ready, _, _ = select.select([connection], [], [], max(0.0, deadline_s - time.monotonic()))
-        piece = connection.recv(_REQUEST_BYTES) if ready else b""
-        line += piece
-        if not piece or len(line) > _REQUEST_BYTES:
+def _answer_one(connection: socket.socket, _: Peer) -> int:
+    line = read_line(connection, most_bytes=_REQUEST_BYTES, limit_s=_REQUEST_LIMIT_S)
+    try:
+        if line is None:
             raise RequestError(f"no request within {_REQUEST_LIMIT_S:g} s, or one that is too long")
-    return line[:-1]
+        query = parse_query(line)
+    except RequestError as error:
+        print(f"refused: {error}", file=sys.stderr)
+        return 1
+    return asyncio.run(_serve(connection, query))
 
 
 async def _serve(connection: socket.socket, query: JournalQuery) -> int:
