@@ -14,7 +14,7 @@ from mmd.config import EngineKind, Model
 from mmd.sandbox import ANYWHERE, ISOLATION, NO_DEVICES
 from mmd.scope import Scope, ScopeKind
 from mmd.socket_units import made_by, source_path
-from mmd.unitfile import Directive, assignment, command_line, comment, directives, path, render, text
+from mmd.unitfile import Block, Item, assignment, command_line, comment, path, render, text
 
 __all__ = ["Wanted", "cache_environment", "fetch_unit", "fetch_unit_name", "wanted"]
 
@@ -34,13 +34,13 @@ _WHO_ANSWERS = ("HF_ENDPOINT", "SSL_CERT_DIR", "SSL_CERT_FILE")
 
 _OPTIONS = ("--tokenizer", "--hf-config-path")
 
-_START_ANYWAY = directives("""
+_START_ANYWAY = Block("""
 Documentation=man:mmd-generator(8)
 # The gateway counts failures and backs off by itself.
 StartLimitIntervalSec=0
 """)
 
-_FETCHER = directives("""
+_FETCHER = Block("""
 User=mmd-fetch
 Group=mmd-fetch
 Type=oneshot
@@ -56,7 +56,7 @@ ProtectHome=yes
 MemoryDenyWriteExecute=yes
 """)
 
-_NETWORK = directives("""
+_NETWORK = Block("""
 # It needs the network, but no host of the link: there clouds tell an instance its secrets, and so do the other addresses
 # (fd00:ec2::254 Amazon, fd20:ce::254 Google, 100.100.100.200 Alibaba, 192.0.0.192 Oracle). Loopback stays: many a resolver and
 # proxy is there. Where the only resolver has an address of the link, allow it by a drop-in: IPAddressAllow=169.254.169.253
@@ -64,7 +64,7 @@ IPAddressDeny=169.254.0.0/16 fe80::/10 multicast
 IPAddressDeny=fd00:ec2::254/128 fd20:ce::254/128 100.100.100.200/32 192.0.0.192/32
 """)
 
-_RUN = directives("""
+_RUN = Block("""
 # Of /run it sees what names are resolved by, and its own directory.
 TemporaryFileSystem=/run:ro,mode=0755,nosuid,nodev
 BindReadOnlyPaths=-/run/systemd/resolve -/run/resolvconf -/run/NetworkManager/resolv.conf -/run/nscd
@@ -124,14 +124,14 @@ def fetch_unit(model: Model, *, scope: Scope, bin_dir: str) -> str | None:
     return render(sections, header=(made_by(f"{model.source}:{model.line}") + ".",))
 
 
-def _unit(model: Model) -> Iterator[Directive]:
+def _unit(model: Model) -> Iterator[Item]:
     yield from source_path(str(model.source))
     yield "Description", f"mmd weights of {text(model.name, setting='the name')}"
-    yield from _START_ANYWAY
+    yield _START_ANYWAY
 
 
-def _service(model: Model, repositories: tuple[Wanted, ...], scope: Scope, bin_dir: str) -> Iterator[Directive]:
-    yield from _FETCHER
+def _service(model: Model, repositories: tuple[Wanted, ...], scope: Scope, bin_dir: str) -> Iterator[Item]:
+    yield _FETCHER
     words = (f"{bin_dir}/python", "-I", "-m", "mmd.hub.fetch", *map(str, repositories))
     yield "ExecStart", command_line(words, setting="model, lora or args")
     home = str(scope.hub_dir)
@@ -147,7 +147,7 @@ def _service(model: Model, repositories: tuple[Wanted, ...], scope: Scope, bin_d
     yield "RuntimeDirectoryPreserve", "yes"
     yield "SyslogIdentifier", f"mmd-fetch-{model.id}"
     yield "LogExtraFields", f"MMD_MODEL={model.id} MMD_ROLE=fetch"
-    yield from (*ANYWHERE, *ISOLATION, *NO_DEVICES, *_NETWORK, *_RUN)
+    yield from (ANYWHERE, ISOLATION, NO_DEVICES, _NETWORK, _RUN)
     yield "BindPaths", f"/run/mmd-fetch/{model.id}"
 
 

@@ -9,13 +9,13 @@ from collections.abc import Iterator, Sequence
 
 from mmd.config import EngineKind, Model
 from mmd.scope import Scope, ScopeKind
-from mmd.unitfile import Directive, comment, directives, path_word
+from mmd.unitfile import Block, Item, comment, path_word
 
 __all__ = ["ANYWHERE", "ISOLATION", "NO_DEVICES", "sandbox"]
 
 _BELOW_HOME = ("\n/home/", "\n/root/", "=/home/", "=/root/")  # at the start of a word or line, or as an option's value
 
-ANYWHERE = directives("""
+ANYWHERE = Block("""
 NoNewPrivileges=yes
 RestrictAddressFamilies=AF_UNIX AF_INET AF_INET6 AF_NETLINK
 RestrictRealtime=yes
@@ -27,7 +27,7 @@ SystemCallErrorNumber=EPERM
 LimitNOFILE=65536
 """)
 
-ISOLATION = directives("""
+ISOLATION = Block("""
 CapabilityBoundingSet=
 AmbientCapabilities=
 ProtectSystem=strict
@@ -47,7 +47,7 @@ RestrictNamespaces=yes
 """)
 # MemoryDenyWriteExecute= is not there: engines compile kernels at run time. ProcSubset=pid neither: they read /proc/meminfo.
 
-_PRIVATE = directives("""
+_PRIVATE = Block("""
 # Shared memory of its own: systemd would bind the machine's /dev/shm even into a private /dev.
 TemporaryFileSystem=/dev/shm:size=50%,mode=1777,nosuid,nodev
 # Of /run it sees its own directory and the runner's way to systemd, sd_notify(3): no D-Bus, no journal, no socket of mmd, of
@@ -58,7 +58,7 @@ TemporaryFileSystem=/run/mmd-model:ro,mode=0755,nosuid,nodev
 BindPaths=/run/systemd/notify
 """)
 
-_NVIDIA = directives("""
+_NVIDIA = Block("""
 # NVIDIA's devices and nothing else. ProtectClock= would add rtc to the list.
 PrivateDevices=no
 DevicePolicy=closed
@@ -72,31 +72,31 @@ DeviceAllow=char-drm rw
 LimitMEMLOCK=infinity
 """)
 
-NO_DEVICES = directives("""
+NO_DEVICES = Block("""
 PrivateDevices=yes
 ProtectClock=yes
 """)
 
-_LOOPBACK = directives("""
+_LOOPBACK = Block("""
 IPAddressDeny=any
 IPAddressAllow=localhost
 """)
 
 
-def sandbox(model: Model, *, scope: Scope, directory: str, uses_devices: bool, argv: Sequence[str]) -> Iterator[Directive]:
+def sandbox(model: Model, *, scope: Scope, directory: str, uses_devices: bool, argv: Sequence[str]) -> Iterator[Item]:
     """The directives. `directory` is the unit's runtime directory, with specifiers."""
     yield comment("The sandbox; `systemd-analyze security` rates it.")
-    yield from ANYWHERE
+    yield ANYWHERE
     if scope.kind is ScopeKind.USER:
         return  # a user's manager can neither mount nor filter addresses
-    yield from ISOLATION
-    yield from _NVIDIA if uses_devices else NO_DEVICES
+    yield ISOLATION
+    yield _NVIDIA if uses_devices else NO_DEVICES
     words = "\n".join(("", *argv, str(model.venv or ""), str(model.workdir or "")))
     if any(mark in words for mark in _BELOW_HOME):
         yield from (comment("The configuration names a path below it."), ("ProtectHome", "read-only"))
     else:
         yield "ProtectHome", "yes"
-    yield from _PRIVATE
+    yield _PRIVATE
     yield "BindPaths", directory
     if model.engine is EngineKind.SIM:
         yield comment("The simulated GPUs' memory, which all simulated engines share.")
@@ -105,4 +105,4 @@ def sandbox(model: Model, *, scope: Scope, directory: str, uses_devices: bool, a
         # Only root names a user. A workdir of a member of mmd-admin's, /run or a link to it, would take the place of what
         # hides /run: of two entries for one path systemd keeps this one.
         yield "ReadWritePaths", path_word(str(model.workdir), prefix="-", setting="workdir")
-    yield from _LOOPBACK
+    yield _LOOPBACK

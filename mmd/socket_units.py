@@ -8,18 +8,18 @@ from mmd.addresses import parse_address
 from mmd.config import Config, Model
 from mmd.errors import MmdError
 from mmd.scope import Scope, ScopeKind
-from mmd.unitfile import Directive, comment, directives, path, render, text
+from mmd.unitfile import Block, Directive, Item, comment, path, render, text
 
 __all__ = ["gateway_sockets", "made_by", "port_socket", "port_socket_name", "source_path"]
 
 _GATEWAY = "mmd-gateway.service"
 _GATEWAY_SOCKET = "mmd-gateway.socket"
 
-_BACKLOG = directives("""
+_BACKLOG = Block("""
     # How many connections the kernel keeps while the gateway starts or restarts.
     Backlog=1024
 """)
-_NO_DELAY = directives("""
+_NO_DELAY = Block("""
     # A token is a small packet; it must not wait for the next one.
     NoDelay=yes
 """)
@@ -33,7 +33,7 @@ def port_socket_name(model: Model) -> str:
 def gateway_sockets(config: Config, scope: Scope, with_ports: Sequence[Model]) -> Iterator[tuple[str, str]]:
     """The sockets of the gateway by file name; the first brings the ports of `with_ports` along. MmdError."""
     system = scope.kind is ScopeKind.SYSTEM
-    wants: list[Directive] = [comment("Whoever starts this one means the models' own ports as well.")] if with_ports else []
+    wants: list[Item] = [comment("Whoever starts this one means the models' own ports as well.")] if with_ports else []
     wants += (("Wants", port_socket_name(model)) for model in with_ports)
     api = (*_client_socket(config.gateway.listen, system, setting="gateway.listen"), ("FileDescriptorName", "mmd-api"))
     yield _socket(_GATEWAY_SOCKET, "mmd OpenAI API", scope, api, unit=wants)
@@ -68,18 +68,18 @@ def made_by(source: str) -> str:
     return f"Made by mmd-generator(8) of {source}: change it there, then `mmdctl reload`"
 
 
-def source_path(file: str) -> Iterator[Directive]:
+def source_path(file: str) -> Iterator[Item]:
     """SourcePath=; nothing for a file whose name the directive cannot hold, such as a relative one."""
     with suppress(MmdError):
         yield "SourcePath", path(file, setting="")
 
 
-def _client_socket(addresses: Sequence[str], system: bool, *, setting: str) -> Iterator[Directive]:
+def _client_socket(addresses: Sequence[str], system: bool, *, setting: str) -> Iterator[Item]:
     """Where clients of models connect."""
     yield from (_listen_stream(address, setting=setting) for address in addresses)
-    yield from _BACKLOG
+    yield _BACKLOG
     if any(not address.startswith("/") for address in addresses):
-        yield from _NO_DELAY
+        yield _NO_DELAY
     if any(address.startswith("/") for address in addresses):
         yield from (("SocketMode", "0660"), ("SocketGroup", "mmd")) if system else (("SocketMode", "0600"),)
 
@@ -88,9 +88,9 @@ def _socket(
     name: str,
     description: str,
     scope: Scope,
-    socket: Iterable[Directive],
+    socket: Iterable[Item],
     *,
-    unit: Iterable[Directive] = (),
+    unit: Iterable[Item] = (),
     service: str = _GATEWAY,
     source: Path | None = None,
 ) -> tuple[str, str]:

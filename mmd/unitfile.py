@@ -7,18 +7,20 @@ refuses what its kind cannot say. What gets past an encoder all the same is foun
 
 import re
 from collections.abc import Iterable, Sequence
+from typing import Union
 
 from mmd.errors import MmdError
 from mmd.unitparser import Parsed, parse_unit
 
 __all__ = [
     "COMMENT",
+    "Block",
     "Directive",
+    "Item",
     "Specified",
     "assignment",
     "command_line",
     "comment",
-    "directives",
     "path",
     "path_word",
     "quote",
@@ -28,6 +30,9 @@ __all__ = [
 
 Directive = tuple[str, str]
 """Key and encoded value; with the key COMMENT a line for people."""
+
+Item = Union[Directive, "Block"]
+"""What a unit is made of."""
 
 COMMENT = "#"
 
@@ -66,10 +71,24 @@ def comment(line: str) -> Directive:
     return COMMENT, line
 
 
-def directives(block: str) -> tuple[Directive, ...]:
-    """The directives in a text of our own: `Key=value` and `# comment` lines."""
-    lines = (line.strip() for line in block.splitlines())
-    return tuple((COMMENT, line[1:].strip()) if line.startswith("#") else _split(line) for line in lines if line)
+class Block:
+    """Directives that are the same in every unit that has them, written down and taken apart once."""
+
+    __slots__ = ("_intended", "_pairs", "text")
+
+    def __init__(self, text: str) -> None:
+        """`text`: of our own, `Key=value` and `# comment` lines."""
+        lines = [line.strip() for line in text.splitlines() if line.strip()]
+        self.text = "\n".join(lines)
+        self._pairs = [_split(line) for line in lines if not line.startswith("#")]
+        self._intended: dict[str, list[Parsed]] = {}
+
+    def intended(self, section: str) -> list[Parsed]:
+        """What a reader is to find in it."""
+        found = self._intended.get(section)
+        if found is None:
+            found = self._intended[section] = [(section, key, value) for key, value in self._pairs]
+        return found
 
 
 def _split(line: str) -> Directive:
@@ -142,13 +161,18 @@ def assignment(name: str, value: str, *, specified: str = "", setting: str = "")
     return quote(f"{name}={value}", specified=specified, variables=False, setting=setting)
 
 
-def render(sections: Iterable[tuple[str, Iterable[Directive]]], *, header: Iterable[str] = ()) -> str:
+def render(sections: Iterable[tuple[str, Iterable[Item]]], *, header: Iterable[str] = ()) -> str:
     """The text of a unit; MmdError when systemd would read anything else in it than these directives in this order."""
     lines = [f"# {_printable(line)}" for line in header]
     intended: list[Parsed] = []
     for section, items in sections:
         lines.append(f"[{section}]")
-        for key, value in items:
+        for item in items:
+            if isinstance(item, Block):
+                lines.append(item.text)
+                intended += item.intended(section)
+                continue
+            key, value = item
             if key == COMMENT:
                 lines.append(f"# {_printable(value)}")
                 continue

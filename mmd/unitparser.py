@@ -15,24 +15,30 @@ _LINE_END = re.compile("[\n\r\0]")  # read_line() ends a line at each of them
 _BLANK = " \t\n\r"  # systemd's WHITESPACE; no other character is one
 
 
-_KNOWN_MAX = 4096
+_SECTIONS_MAX = 16
+_KNOWN_MAX = 4096  # lines of each
 _KNOWN_CHARACTERS_MAX = 200  # of a line that is remembered
 
-_known: dict[str, tuple[str, str] | None] = {}
-"""Key and value of lines that were taken apart before, None for those that hold no directive: most lines of a unit are the same
-in every other one, and a hundred units are written at each boot."""
+_UNSEEN: Parsed = ("", "", "")
+
+_known: dict[str, dict[str, Parsed | None]] = {}
+"""By section: what whole lines that were taken apart before hold, None for those without a directive. Most lines of a unit are
+the same in every other one, and a hundred units are written at each boot."""
 
 
 def parse_unit(text: str) -> list[Parsed]:
     """The directives of a unit file in their order. Comments are dropped, continued lines are joined by a blank."""
     found: list[Parsed] = []
     section = pending = ""
-    for raw in _LINE_END.split(text):
-        if not pending and raw in _known:
-            pair = _known[raw]
-            if pair is not None:
-                found.append((section, *pair))
-            continue
+    known = _known.setdefault(section, {})
+    for raw in _LINE_END.split(text) if "\r" in text or "\0" in text else text.split("\n"):
+        if not pending:
+            parsed = known.get(raw, _UNSEEN)
+            if parsed is None:
+                continue
+            if parsed is not _UNSEEN:
+                found.append(parsed)
+                continue
         start = raw.lstrip(_BLANK)
         if start.startswith(("#", ";")):  # even in the middle of a continued line, and never continued itself
             continue
@@ -42,22 +48,23 @@ def parse_unit(text: str) -> list[Parsed]:
         line, whole, pending = (pending + raw).strip(_BLANK) if pending else start.rstrip(_BLANK), not pending, ""
         if line.startswith("[") and _is_clean(line):
             section = line[1:-1] if line.endswith("]") else section
+            known = _known.setdefault(section, {}) if len(_known) < _SECTIONS_MAX else {}
             continue
-        pair = _directive(line)
-        if whole and len(raw) <= _KNOWN_CHARACTERS_MAX and len(_known) < _KNOWN_MAX:
-            _known[raw] = pair
-        if pair is not None:
-            found.append((section, *pair))
-    pair = _directive(pending.strip(_BLANK))
-    return found if pair is None else [*found, (section, *pair)]
+        parsed = _directive(section, line)
+        if whole and len(raw) <= _KNOWN_CHARACTERS_MAX and len(known) < _KNOWN_MAX:
+            known[raw] = parsed
+        if parsed is not None:
+            found.append(parsed)
+    parsed = _directive(section, pending.strip(_BLANK))
+    return found if parsed is None else [*found, parsed]
 
 
-def _directive(line: str) -> tuple[str, str] | None:
-    """Key and value of a line; None when there is no directive in it."""
+def _directive(section: str, line: str) -> Parsed | None:
+    """What a line holds; None when there is no directive in it."""
     if not line or line.startswith("[") or not _is_clean(line):
         return None
     key, _, value = line.partition("=")
-    return key.rstrip(_BLANK), value.lstrip(_BLANK)
+    return section, key.rstrip(_BLANK), value.lstrip(_BLANK)
 
 
 def _is_clean(line: str) -> bool:

@@ -22,7 +22,7 @@ from mmd.sandbox import sandbox
 from mmd.scope import Scope, ScopeKind
 from mmd.sizes import sized
 from mmd.socket_units import gateway_sockets, made_by, port_socket, source_path
-from mmd.unitfile import Directive, Specified, assignment, command_line, comment, directives, path, render, text
+from mmd.unitfile import Block, Item, Specified, assignment, command_line, comment, path, render, text
 
 __all__ = [
     "SOCKETS_WANTS",
@@ -62,7 +62,7 @@ _GATEWAY_ONLY = frozenset(
 )
 """What a model's process does not depend on: a change of it is no reason to start the model anew."""
 
-_SUPERVISION = directives("""
+_SUPERVISION = Block("""
 # Loading takes longer; the runner extends this for as long as there is progress.
 TimeoutStartSec=2min
 TimeoutStopSec=30s
@@ -79,12 +79,12 @@ OOMScoreAdjust=500
 """)
 
 
-_UNIT = directives("""
+_UNIT = Block("""
     Documentation=man:mmd.yaml(5) man:mmd-generator(8)
     # The gateway counts failures and backs off by itself.
     StartLimitIntervalSec=0
 """)
-_START = directives("""
+_START = Block("""
     # The runner starts the engine as its child; ready means that the engine has answered.
     Type=notify
     NotifyAccess=main
@@ -199,13 +199,13 @@ class _ModelUnit(NamedTuple):
             gpu_memory_bytes=self._gpu_memory,
         )
 
-    def _unit(self) -> Iterator[Directive]:
+    def _unit(self) -> Iterator[Item]:
         yield from source_path(str(self.model.source))
         yield "Description", f"mmd model {text(self.model.name, setting='the name')} on %i"
-        yield from _UNIT
+        yield _UNIT
         yield from self._before()
 
-    def _before(self) -> Iterator[Directive]:
+    def _before(self) -> Iterator[Item]:
         """What has to be done before it starts."""
         if self.scope.kind is ScopeKind.SYSTEM and self.model.user is None:
             unit = f"mmd-user@{self._user_name}.service"
@@ -214,19 +214,19 @@ class _ModelUnit(NamedTuple):
             unit = fetch_unit_name(self.model.id)
             yield from (("Requires", unit), ("After", unit))
 
-    def _service(self) -> Iterator[Directive]:
+    def _service(self) -> Iterator[Item]:
         context = self._context()
         argv = engine(self.model.engine).command(sized(self.model), context)
         words = (*self._runner(context), "--", *argv)
         # First: whatever is wrong with what comes below, it is not root that runs it.
         yield from self._user()
-        yield from _START
+        yield _START
         yield "ExecStart", command_line(words, specified=context.socket, setting="its command")
         yield from self._environment(context)
         yield from credential_lines(self.model.secrets)
         yield from self._process()
         yield from self._directories()
-        yield from _SUPERVISION
+        yield _SUPERVISION
         yield from sandbox(
             self.model,
             scope=self.scope,
@@ -264,7 +264,7 @@ class _ModelUnit(NamedTuple):
             return str(Listen.UNIX if engine(self.model.engine).uses_socket else Listen.TCP)
         return f"{self.model.listen}:{self.model.listen_port}" if self.model.listen_port else str(self.model.listen)
 
-    def _environment(self, context: CommandContext) -> Iterator[Directive]:
+    def _environment(self, context: CommandContext) -> Iterator[Item]:
         model = self.model
         variables = {"PATH": f"{model.venv}/bin:{_PATH}" if model.venv else _PATH}
         if self.scope.kind is ScopeKind.SYSTEM:  # a user's own engines share the user's caches
@@ -283,7 +283,7 @@ class _ModelUnit(NamedTuple):
         for name, value in variables.items():
             yield "Environment", assignment(name, value, specified=context.socket, setting=f"env.{name}")
 
-    def _user(self) -> Iterator[Directive]:
+    def _user(self) -> Iterator[Item]:
         if self.scope.kind is ScopeKind.USER:
             return
         yield comment(
@@ -293,7 +293,7 @@ class _ModelUnit(NamedTuple):
         if self._uses_devices:
             yield from (comment("Who may open GPUs."), ("SupplementaryGroups", "video render"))
 
-    def _process(self) -> Iterator[Directive]:
+    def _process(self) -> Iterator[Item]:
         model = self.model
         if model.workdir is not None:
             yield "WorkingDirectory", path(str(model.workdir), setting="workdir")
@@ -307,7 +307,7 @@ class _ModelUnit(NamedTuple):
         yield from (("SyslogIdentifier", f"mmd-{model.id}"), ("SyslogLevelPrefix", "no"))
         yield "LogExtraFields", f"MMD_MODEL={model.id} MMD_ROLE=model"
 
-    def _directories(self) -> Iterator[Directive]:
+    def _directories(self) -> Iterator[Item]:
         yield "RuntimeDirectory", f"mmd-model/{self.model.id}@%i"
         yield "RuntimeDirectoryMode", "0750"
         yield comment("The runner's report outlives it: the gateway reads there why a model failed.")
