@@ -92,8 +92,14 @@ def healthy_to_first_byte(installation: Installation, runs: int) -> Iterator[Fig
     yield Figure("engine healthy to first byte", "ms", tuple(samples), 100)
 
 
+def _brokers(installation: Installation) -> list[int]:
+    """The processes that drive units for the gateway, each a unit of its own."""
+    shown = installation.systemctl("show", "--property=MainPID", "--value", "mmd-unit-broker@*.service")
+    return [int(pid) for pid in shown.split() if pid != "0"]
+
+
 def memory(installation: Installation, runs: int) -> Iterator[Figure]:
-    """After the first request and after many; the gateway with and without its D-Bus worker; the runner without its engine."""
+    """After the first request and after many; the gateway with and without its unit broker; the runner without its engine."""
     proc = installation.path("/proc")
     states: dict[str, list[tuple[Usage, Usage]]] = {"started": [], f"after {_REQUESTS} requests": []}
     runners = []
@@ -103,13 +109,14 @@ def memory(installation: Installation, runs: int) -> Iterator[Figure]:
             for _ in range(requests):
                 first_byte_ms(chat_request("quick"))
             gateway = int(installation.show(_GATEWAY, "MainPID"))
-            states[name].append((usage(proc, [gateway]), usage(proc, [gateway, *children(proc, gateway)])))
+            pids = [gateway, *children(proc, gateway), *_brokers(installation)]
+            states[name].append((usage(proc, [gateway]), usage(proc, pids)))
         runners.append(usage(proc, [int(installation.show(_MODEL, "MainPID"))]))
     for name, found in states.items():
         yield Figure(f"gateway, {name}: RSS", "MiB", tuple(alone.rss_mib for alone, _ in found), 60)
         yield Figure("  PSS", "MiB", tuple(alone.pss_mib for alone, _ in found))
-        yield Figure("  RSS with its D-Bus worker", "MiB", tuple(both.rss_mib for _, both in found))
-        yield Figure("  PSS with its D-Bus worker", "MiB", tuple(both.pss_mib for _, both in found))
+        yield Figure("  RSS with its unit broker", "MiB", tuple(both.rss_mib for _, both in found))
+        yield Figure("  PSS with its unit broker", "MiB", tuple(both.pss_mib for _, both in found))
     yield Figure("runner: RSS", "MiB", tuple(one.rss_mib for one in runners), 16)
     yield Figure("  PSS", "MiB", tuple(one.pss_mib for one in runners))
 
